@@ -1,0 +1,292 @@
+"""The command line: options to stage calls, results to stdout, errors to one line and exit codes.
+
+Stages are imported inside their commands, so that `--help` answers without torch. Exit codes: 0
+done; 1 the answer is no (verify: not converged); 2 wrong use or bad input.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from bitplan.errors import BitplanError
+from bitplan.options import PlanOptions, ProfileOptions, VerifyOptions
+
+EXIT_NO = 1
+EXIT_BAD_INPUT = 2
+
+Command = Callable[..., Any]
+
+
+class _Group(click.Group):
+    """A group whose commands end in one line on stderr, never a traceback, when input is bad."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BitplanError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(EXIT_BAD_INPUT)
+        except BrokenPipeError:
+            # The reader of our stdout left (`bitplan plan RUN | head`): nothing is wrong here.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="bitplan")
+def main() -> None:
+    """Choose which layers of a language model need 8 bits and which take 4, and verify by training.
+
+    \b
+    bitplan demo                           all of it, on the embedded checkpoint
+    bitplan profile MODEL -o RUN           measure weights, inputs and sensitivity
+    bitplan plan RUN --input-bits 5        choose formats under a budget
+    bitplan verify RUN                     train the arms: do the errors converge?
+    bitplan report RUN                     one HTML file
+    """
+
+
+def _option(options: type, name: str, *flags: str, **kwargs: Any) -> Callable[[Command], Command]:
+    """Make a click option whose default is that of the field `name` of an options class."""
+    default = next(field.default for field in fields(options) if field.name == name)
+    return click.option(*flags, name, default=default, **kwargs)
+
+
+def _comma(_ctx: click.Context, _param: click.Parameter, value: Any) -> tuple[str, ...]:
+    """Split a comma-separated option; defaults come as tuples already."""
+    if isinstance(value, tuple):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _list_option(
+    options: type, name: str, flag: str, **kwargs: Any
+) -> Callable[[Command], Command]:
+    """Make a comma-separated option from a tuple field of an options class."""
+    default = next(field.default for field in fields(options) if field.name == name)
+    assert isinstance(default, tuple)
+    return click.option(
+        flag, name, default=",".join(default), callback=_comma, metavar="A,B", **kwargs
+    )
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_data = click.option(
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="Text file or directory; may be repeated.  [default: Python's standard library]",
+)
+_trust = click.option(
+    "--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python code run."
+)
+_RUN = click.Path(path_type=Path)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    """Print a stage's result: its `.as_json()` for machines, its `.as_text()` for people."""
+    if as_json:
+        click.echo(json.dumps(result.as_json(), indent=1, allow_nan=False))
+    else:
+        click.echo(result.as_text())
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", "run", type=_RUN, required=True, help="Run directory to write.")
+@_data
+@_option(
+    ProfileOptions,
+    "tokens",
+    "--tokens",
+    type=click.IntRange(1),
+    show_default=True,
+    help="Calibration tokens.",
+)
+@_option(
+    ProfileOptions,
+    "seq_len",
+    "--seq-len",
+    type=click.IntRange(2),
+    show_default=True,
+    help="Tokens per sequence.",
+)
+@_list_option(
+    ProfileOptions, "formats", "--formats", show_default=True, help="Candidate formats to measure."
+)
+@click.option(
+    "--weights-only",
+    is_flag=True,
+    help="Stream the weights of safetensors; no model code, no text.",
+)
+@click.option("--no-sensitivity", is_flag=True, help="Skip the backward pass.")
+@_option(ProfileOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@_option(
+    ProfileOptions,
+    "seed",
+    "--seed",
+    type=int,
+    show_default=True,
+    help="Chooses the calibration text.",
+)
+@_trust
+@_json
+def profile(run: Path, no_sensitivity: bool, as_json: bool, **options: Any) -> None:
+    """Measure a checkpoint: statistics of every weight and input, format errors, sensitivity.
+
+    MODEL is a Hugging Face directory or hub name, a GGUF file, or (--weights-only) safetensors.
+
+    Example: bitplan profile ./my-model -o run
+    """
+    from bitplan.probe.profile import profile_checkpoint
+
+    _print(
+        profile_checkpoint(run, ProfileOptions(sensitivity=not no_sensitivity, **options)), as_json
+    )
+
+
+@main.command()
+@click.argument("run", type=_RUN)
+@_option(
+    PlanOptions, "input_bits", "--input-bits", type=float, help="Average bits of inputs, by MACs."
+)
+@_option(PlanOptions, "weight_bits", "--weight-bits", type=float, help="Average bits of weights.")
+@_option(PlanOptions, "bit_ops", "--bit-ops", type=float, help="Bit operations per token.")
+@_option(PlanOptions, "bytes", "--bytes", type=float, help="Bytes of the planned weights.")
+@_option(
+    PlanOptions,
+    "time",
+    "--time",
+    metavar="DEVICE=MS",
+    help="Matmul time on a device, e.g. H200=3.5.",
+)
+@_option(PlanOptions, "rule", "--rule", metavar="NAME", help="Take a rule's plan, e.g. fc2.")
+@click.option(
+    "--converge", is_flag=True, help="Cheapest inputs whose predicted error is the weights'."
+)
+@click.option(
+    "--pin", "pins", multiple=True, metavar="GLOB=FORMAT", help="Fix sites, e.g. '*.0.*=int8-g128'."
+)
+@_list_option(
+    PlanOptions, "formats", "--formats", show_default=True, help="Formats to choose from."
+)
+@click.option("--per-role", is_flag=True, help="One format per role and operand.")
+@_json
+def plan(run: Path, as_json: bool, **options: Any) -> None:
+    """Choose a format for every site under a budget, with a reason for each.
+
+    Budgets count scales: int4-g128 is 4.125 bits. Several budgets hold together. Without one, the
+    plan may spend the input bits that the paper's rule (every FC2 input at 8 bits) spends.
+
+    Example: bitplan plan run --input-bits 5
+    """
+    from bitplan.planner.stage import make_plan
+
+    _print(make_plan(run, PlanOptions(**options)), as_json)
+
+
+@main.command()
+@click.argument("run", type=_RUN)
+@_option(VerifyOptions, "steps", "--steps", type=click.IntRange(1), help="Optimizer steps per arm.")
+@_option(
+    VerifyOptions,
+    "tokens",
+    "--tokens",
+    type=click.IntRange(1),
+    help=f"Training tokens per arm.  [default: {VerifyOptions.DEFAULT_TOKENS}]",
+)
+@_option(
+    VerifyOptions,
+    "seeds",
+    "--seeds",
+    type=click.IntRange(1),
+    show_default=True,
+    help="Seeds per arm.",
+)
+@_option(
+    VerifyOptions,
+    "batch_size",
+    "--batch-size",
+    type=click.IntRange(1),
+    show_default=True,
+    help="Sequences per step.",
+)
+@_option(
+    VerifyOptions,
+    "seq_len",
+    "--seq-len",
+    type=click.IntRange(2),
+    show_default=True,
+    help="Tokens per sequence.",
+)
+@_option(
+    VerifyOptions,
+    "eval_tokens",
+    "--eval-tokens",
+    type=click.IntRange(1),
+    show_default=True,
+    help="Held-out tokens.",
+)
+@_option(VerifyOptions, "lr", "--lr", type=float, show_default=True, help="Peak learning rate.")
+@_data
+@_list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
+@_option(VerifyOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@_option(VerifyOptions, "seed", "--seed", type=int, show_default=True, help="First seed.")
+@_trust
+@_json
+def verify(run: Path, as_json: bool, **options: Any) -> None:
+    """Train the plan's arms from the checkpoint and say whether the errors converge.
+
+    Exit code 1 means the answer is no (activation-limited, weight-limited or undetermined).
+    A killed verify continues where it stopped when it is called again.
+
+    Example: bitplan verify run --tokens 65536
+    """
+    from bitplan.qat.verify import verify_plan
+
+    verdict = verify_plan(run, VerifyOptions(**options))
+    _print(verdict, as_json)
+    if verdict.verdict != "converged":
+        raise click.exceptions.Exit(EXIT_NO)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_RUN)
+@click.option("-o", "--output", type=_RUN, help="HTML file.  [default: RUN/report.html]")
+@_json
+def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+    """Render run directories as one self-contained HTML file.
+
+    Example: bitplan report run
+    """
+    from bitplan.reports.report import write_report
+
+    _print(write_report(list(runs), output), as_json)
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    "run",
+    type=_RUN,
+    default=Path("bitplan-demo"),
+    show_default=True,
+    help="Run directory.",
+)
+def demo(run: Path) -> None:
+    """Profile, plan, verify and report on the embedded checkpoint; ends with the report's path.
+
+    Example: bitplan demo -o demo
+    """
+    from bitplan.demo import run_demo
+
+    for text in run_demo(run):
+        click.echo(text)

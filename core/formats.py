@@ -1,0 +1,122 @@
+"""Number formats: the value type `Format` and its one spelling.
+
+A format is a number type plus the set of elements that share one scale:
+
+    int4-g128     4-bit integers, one 16-bit scale per 128 elements along the input dimension
+    int8-token    one scale per token (inputs)           scale shape [tokens, 1]
+    int8-channel  one scale per output channel (weights) scale shape [out_features, 1]
+    int8-tensor   one scale for the whole tensor
+    fp8-e4m3      8-bit floats, one scale per token or output channel
+    nvfp4         E2M1 floats, one E4M3 scale per 16 elements, one fp32 scale per tensor
+    mxfp4         E2M1 floats, one power-of-two (E8M0) scale per 32 elements
+    bf16          not quantized
+
+Groups run along the input (reduction) dimension of both operands. A row whose length is not a
+multiple of the group ends in a shorter group, which has a scale of its own. Bits are counted with
+their scales (`effective_bits`): int4-g128 is 4 + 16/128 = 4.125.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from bitplan.errors import FormatError
+
+Kind = Literal["int", "fp8", "nvfp4", "mxfp4", "bf16"]
+Granularity = Literal["group", "token", "channel", "row", "tensor", "none"]
+Operand = Literal["input", "weight"]
+
+SCALE_BITS = 16
+
+
+@dataclass(frozen=True, order=True)
+class Format:
+    """A number format with its granularity; `str()` and `parse_format` are inverse.
+
+    `group_size` is the number of elements along the input dimension that share a scale; None where
+    a whole row (token, output channel) or tensor does.
+    """
+
+    name: str
+    kind: Kind
+    bits: int
+    granularity: Granularity
+    group_size: int | None = None
+    scale_bits: int = SCALE_BITS
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether values change at all: False for bf16 only."""
+        return self.kind != "bf16"
+
+    def applies_to(self, operand: Operand) -> bool:
+        """Whether the operand has the axis this format's scales run along."""
+        return self.granularity not in ({"channel"} if operand == "input" else {"token"})
+
+    def effective_bits(self, in_features: int) -> float:
+        """Bits per element with scales counted, for rows of `in_features` elements."""
+        match self.granularity:
+            case "group":
+                assert self.group_size is not None
+                return self.bits + self.scale_bits * math.ceil(in_features / self.group_size) / (
+                    in_features
+                )
+            case "token" | "channel" | "row":
+                return self.bits + self.scale_bits / in_features
+            case _:
+                return float(self.bits)
+
+
+BF16 = Format("bf16", "bf16", 16, "none", scale_bits=0)
+_NAMED = {
+    f.name: f
+    for f in (
+        BF16,
+        Format("fp8-e4m3", "fp8", 8, "row"),
+        Format("nvfp4", "nvfp4", 4, "group", 16, 8),
+        Format("mxfp4", "mxfp4", 4, "group", 32, 8),
+    )
+}
+_INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(token|channel|tensor))")
+
+DEFAULT_LOW = "int4-g128"
+DEFAULT_HIGH = "int8-g128"
+SPELLINGS = "int4-g128, int8-token, int8-channel, int8-tensor, fp8-e4m3, nvfp4, mxfp4 or bf16"
+
+
+@lru_cache
+def parse_format(text: str) -> Format:
+    """Return the format that `text` spells.
+
+    Raises FormatError for anything else, with the spellings there are.
+    """
+    name = text.strip().lower()
+    if name in _NAMED:
+        return _NAMED[name]
+    match = _INTEGER.fullmatch(name)
+    if match is None:
+        raise FormatError(f"unknown format {text!r}: write one like {SPELLINGS}")
+    bits, group = int(match[1]), match[2]
+    if group is None:
+        granularity: Granularity = match[3]  # type: ignore[assignment]
+        return Format(name, "int", bits, granularity)
+    if int(group) < 1:
+        raise FormatError(
+            f"format {text!r} has groups of {group}: a group holds at least 1 element"
+        )
+    return Format(name, "int", bits, "group", int(group))
+
+
+def parse_formats(text: str) -> tuple[Format, ...]:
+    """Return the formats of a comma-separated list, in its order, each once."""
+    names = [name for name in text.split(",") if name.strip()]
+    if not names:
+        raise FormatError(
+            f"no format in {text!r}: write a list such as {DEFAULT_LOW},{DEFAULT_HIGH}"
+        )
+    return tuple(dict.fromkeys(parse_format(name) for name in names))

@@ -1,0 +1,94 @@
+"""What each stage can be asked for: frozen options with defaults, read by the CLI and by code.
+
+No stage imports happen here, so that the CLI can show defaults without torch.
+"""
+
+from dataclasses import dataclass
+
+from bitplan.formats import DEFAULT_HIGH, DEFAULT_LOW
+
+DEFAULT_FORMATS = (DEFAULT_LOW, DEFAULT_HIGH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """How to profile a checkpoint."""
+
+    model: str
+    """Hugging Face directory or hub name, GGUF file, or (weights only) safetensors file."""
+    data: tuple[str, ...] = ()
+    """Text files or directories; empty: the sources of Python's standard library."""
+    tokens: int = 16_384
+    """Calibration tokens to run."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    """Candidate formats whose error and sensitivity are recorded."""
+    weights_only: bool = False
+    """Stream the weights alone: no model code, no text, no inputs."""
+    sensitivity: bool = True
+    """Estimate the change of loss per (site, format) from one backward pass."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or auto (cuda where there is one)."""
+    seed: int = 0
+    """Chooses the calibration text."""
+    trust_remote_code: bool = False
+    """Let the checkpoint's own Python code run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan may cost and must respect."""
+
+    input_bits: float | None = None
+    """Average effective bits of the inputs, weighted by multiply-accumulates."""
+    weight_bits: float | None = None
+    """Average effective bits of the weights."""
+    bit_ops: float | None = None
+    """Bit operations per token: multiply-accumulates times both operands' bits."""
+    bytes: float | None = None
+    """Bytes of the planned weights, scales included."""
+    time: str | None = None
+    """DEVICE=MS: time of a forward pass over 4,096 tokens at the device's published rates."""
+    rule: str | None = None
+    """Take a rule's plan (fc2, uniform, ...) in place of the optimum."""
+    converge: bool = False
+    """Find the cheapest inputs whose predicted error equals that of the weights."""
+    pins: tuple[str, ...] = ()
+    """GLOB=FORMAT over site or module names."""
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    """Formats the planner may choose from."""
+    per_role: bool = False
+    """One format per role and operand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """How long, how often and on what the arms are trained."""
+
+    steps: int | None = None
+    """Optimizer steps per arm; default from `tokens`."""
+    tokens: int | None = None
+    """Training tokens per arm; default DEFAULT_TOKENS."""
+    seeds: int = 3
+    """Seeds per arm; each fixes one data order, shared by all arms."""
+    batch_size: int = 8
+    """Sequences per optimizer step."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    eval_tokens: int = 16_384
+    """Held-out tokens that final losses are measured on."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    data: tuple[str, ...] = ()
+    """Text files or directories; empty: the sources of Python's standard library."""
+    arms: tuple[str, ...] = ()
+    """Arms to train; empty: all."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or auto."""
+    seed: int = 0
+    """First seed."""
+    trust_remote_code: bool = False
+    """Let the checkpoint's own Python code run."""
+
+    DEFAULT_TOKENS = 65_536

@@ -1,0 +1,171 @@
+"""The columns of every table bitplan writes: name, dtype, unit and meaning, in one place.
+
+docs/formats.md is generated from here, writers select these columns in this order, and readers may
+rely on them: columns are added freely and never renamed.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+TOP_CHANNEL = pl.Struct({"channel": pl.Int64, "absmax": pl.Float64, "rms": pl.Float64})
+TOP_TOKEN = pl.Struct(
+    {"sequence": pl.Int64, "position": pl.Int64, "absmax": pl.Float64, "text": pl.String}
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its polars dtype, unit ("" where it has none) and meaning."""
+
+    name: str
+    dtype: Any
+    unit: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file's columns, and what one row stands for."""
+
+    file: str
+    row: str
+    columns: tuple[Column, ...]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Column name to polars dtype, in order."""
+        return {column.name: column.dtype for column in self.columns}
+
+    def frame(self, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
+        """Return the rows as a frame of exactly these columns; what a row lacks is null.
+
+        NaN and infinite floats become null: a file never carries them into a sum or a chart.
+        """
+        names = [column.name for column in self.columns]
+        frame = pl.DataFrame(
+            [{name: row.get(name) for name in names} for row in rows], schema=self.schema
+        )
+        floats = pl.selectors.float()
+        return frame.with_columns(pl.when(floats.is_finite()).then(floats).otherwise(None))
+
+
+def _c(name: str, dtype: Any, unit: str, meaning: str) -> Column:
+    return Column(name, dtype, unit, meaning)
+
+
+_SITE = _c("site", pl.String, "", "`module:operand`, the tensor this row is about")
+
+PROFILE = Table(
+    "profile.parquet",
+    "a (site, step); also arms/<arm>/seed-<k>/stats.parquet",
+    (
+        _SITE,
+        _c("module", pl.String, "", "name of the linear"),
+        _c("operand", pl.String, "", "`weight` or `input`"),
+        _c("role", pl.String, "", "qkv, o, fc1, fc2, lm_head, embed, router or other"),
+        _c("block", pl.Int64, "", "index of the transformer block; null outside blocks"),
+        _c("expert", pl.Int64, "", "index of the expert; null for dense linears"),
+        _c("fused", pl.String, "", "linears of one value share their input and their formats"),
+        _c("step", pl.Int64, "optimizer steps", "0 for a checkpoint"),
+        _c("in_features", pl.Int64, "", "length of the linear's input dimension"),
+        _c("out_features", pl.Int64, "", "length of the linear's output dimension"),
+        _c("tokens", pl.Int64, "tokens", "inputs: tokens seen; weights: null"),
+        _c("count", pl.Int64, "elements", "finite elements seen"),
+        _c("mean", pl.Float64, "value", "mean of the elements"),
+        _c("std", pl.Float64, "value", "population standard deviation"),
+        _c("skewness", pl.Float64, "", "E[(x-mu)^3] / sigma^3; null where sigma is 0"),
+        _c("kurtosis", pl.Float64, "", "Pearson, E[(x-mu)^4] / sigma^4; 3 for a normal"),
+        _c("excess_kurtosis", pl.Float64, "", "kurtosis - 3"),
+        _c("absmax", pl.Float64, "value", "largest |x|"),
+        _c("max_over_median", pl.Float64, "", "largest |x| over the median |x|"),
+        _c("max_over_rms", pl.Float64, "", "largest |x| over the root mean square"),
+        _c("outlier_share", pl.Float64, "share", "share of elements with |x - mu| > 6 sigma"),
+        _c("abs_p50", pl.Float64, "value", "median of |x|, from the log2 histogram"),
+        _c("abs_p99", pl.Float64, "value", "99th percentile of |x|"),
+        _c("abs_p999", pl.Float64, "value", "99.9th percentile of |x|"),
+        _c("channel_rms_kurtosis", pl.Float64, "", "Pearson kurtosis of the rms of the channels"),
+        _c(
+            "kurtosis_without_first_token",
+            pl.Float64,
+            "",
+            "inputs: kurtosis without the first token of each sequence",
+        ),
+        _c(
+            "kurtosis_without_top_tokens",
+            pl.Float64,
+            "",
+            "inputs: kurtosis without first tokens and the 1 % of tokens with the largest |x|",
+        ),
+        _c("nan_count", pl.Int64, "elements", "NaN elements, in no other statistic"),
+        _c("inf_count", pl.Int64, "elements", "infinite elements, in no other statistic"),
+        _c("top_channels", pl.List(TOP_CHANNEL), "", "input channels with the largest rms"),
+        _c("top_tokens", pl.List(TOP_TOKEN), "", "inputs: tokens with the largest |x|"),
+        _c("drift", pl.Float64, "", "weights: |W - W0|^2 / |W0|^2 against the initial checkpoint"),
+        _c(
+            "gate_up_correlation",
+            pl.Float64,
+            "",
+            "gate and up weights: mean |cosine| of matching rows",
+        ),
+    ),
+)
+
+ERRORS = Table(
+    "errors.parquet",
+    "a (site, step, format)",
+    (
+        _SITE,
+        _c("step", pl.Int64, "optimizer steps", "0 for a checkpoint"),
+        _c("format", pl.String, "", "number format, e.g. int4-g128"),
+        _c("relative_error", pl.Float64, "", "squared quantization error over squared norm"),
+        _c("sqnr_db", pl.Float64, "dB", "-10 log10(relative_error); null where it is 0"),
+    ),
+)
+
+SENSITIVITY = Table(
+    "sensitivity.parquet",
+    "a (site, format, method)",
+    (
+        _SITE,
+        _c("format", pl.String, "", "number format"),
+        _c("method", pl.String, "", "`gradient` (one backward pass) or `intervention` (measured)"),
+        _c("delta_loss", pl.Float64, "nats per token", "change of loss when the site is quantized"),
+        _c("stderr", pl.Float64, "nats per token", "standard error of delta_loss over sequences"),
+        _c("kl", pl.Float64, "nats per token", "KL divergence from the unquantized predictions"),
+    ),
+)
+
+FRONTIER = Table(
+    "frontier.parquet",
+    "a plan: the best at a budget, or a rule's",
+    (
+        _c("label", pl.String, "", "`optimal`, or the name of the rule"),
+        _c("budget", pl.String, "", "the budgeted quantity, e.g. `input_bits`"),
+        _c("limit", pl.Float64, "of the budget", "the limit asked for; null for a rule"),
+        _c("cost", pl.Float64, "of the budget", "what the plan uses of it"),
+        _c(
+            "delta_loss", pl.Float64, "nats per token", "predicted change of loss, all sites summed"
+        ),
+        _c("weight_bits", pl.Float64, "bits", "average effective bits of the weights"),
+        _c("input_bits", pl.Float64, "bits", "average effective bits of the inputs, by MACs"),
+        _c("plan_id", pl.String, "", "hash of the plan's formats"),
+    ),
+)
+
+METRICS = Table(
+    "metrics.parquet",
+    "a training step",
+    (
+        _c("step", pl.Int64, "optimizer steps", "steps taken, from 1"),
+        _c("tokens", pl.Int64, "tokens", "tokens trained on so far"),
+        _c("loss", pl.Float64, "nats per token", "training loss of the step's batch"),
+        _c("lr", pl.Float64, "", "learning rate"),
+        _c("grad_norm", pl.Float64, "", "gradient norm before clipping"),
+        _c("seconds", pl.Float64, "s", "time since the arm started"),
+    ),
+)
+
+TABLES = (PROFILE, ERRORS, SENSITIVITY, FRONTIER, METRICS)

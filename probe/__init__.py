@@ -1,0 +1,1 @@
+"""A checkpoint, or a running training, to statistics, format errors and sensitivity."""

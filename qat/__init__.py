@@ -1,0 +1,1 @@
+"""A plan to a converted model, its arms trained side by side, and a verdict with intervals."""

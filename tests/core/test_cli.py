@@ -1,0 +1,64 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bitplan.cli import EXIT_BAD_INPUT, main
+from click.testing import CliRunner
+
+COMMANDS = ("profile", "plan", "verify", "report", "demo")
+# The options others rely on; a new one is a decision, so it is written here too.
+OPTIONS = {
+    "profile": "-o --output --data --tokens --seq-len --formats --weights-only --no-sensitivity "
+    "--device --seed --trust-remote-code --json",
+    "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
+    "--per-role --json",
+    "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
+    "--device --seed --trust-remote-code --json",
+    "report": "-o --output --json",
+    "demo": "-o --output",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_are_these(command: str) -> None:
+    found = {
+        flag for param in main.commands[command].params for flag in param.opts if flag[0] == "-"
+    }
+    assert found == set(OPTIONS[command].split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: bitplan {command}" in result.output
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "report"])
+def test_no_run_directory_is_one_line_and_exit_2(command: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [command, str(tmp_path / "none")])
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "bitplan profile" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_and_version_as_a_process_do_not_load_torch() -> None:
+    code = (
+        "import sys; from bitplan.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'polars' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m bitplan --help | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
+    assert result.stderr == ""
+    assert "Usage" in result.stdout

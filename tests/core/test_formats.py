@@ -1,0 +1,71 @@
+import math
+
+import pytest
+from bitplan.errors import BitplanError, FormatError
+from bitplan.formats import BF16, parse_format, parse_formats
+from hypothesis import given
+from hypothesis import strategies as st
+
+SPELLINGS = st.one_of(
+    st.sampled_from(["bf16", "fp8-e4m3", "nvfp4", "mxfp4"]),
+    st.builds(
+        "int{}-{}".format,
+        st.integers(2, 8),
+        st.one_of(
+            st.sampled_from(["token", "channel", "tensor"]),
+            st.integers(1, 4096).map("g{}".format),
+        ),
+    ),
+)
+
+
+@given(SPELLINGS)
+def test_parse_and_print_are_inverse(text: str) -> None:
+    assert str(parse_format(text)) == text
+    assert parse_format(f"  {text.upper()} ") == parse_format(text)
+
+
+@given(SPELLINGS, st.integers(1, 5000))
+def test_effective_bits_count_every_scale_of_a_row(text: str, in_features: int) -> None:
+    fmt = parse_format(text)
+    if fmt.granularity == "group":
+        assert fmt.group_size is not None
+        starts = range(0, in_features, fmt.group_size)
+        total = sum(
+            min(fmt.group_size, in_features - s) * fmt.bits + fmt.scale_bits for s in starts
+        )
+    elif fmt.granularity in ("tensor", "none"):
+        total = in_features * fmt.bits
+    else:
+        total = in_features * fmt.bits + fmt.scale_bits
+    assert math.isclose(fmt.effective_bits(in_features), total / in_features)
+
+
+def test_the_designs_example() -> None:
+    assert parse_format("int4-g128").effective_bits(1024) == 4.125
+    assert BF16.effective_bits(1024) == 16
+
+
+@pytest.mark.parametrize("text", ["", "int9-g128", "int4", "int4-g0", "int4-row", "fp4", "int1-g2"])
+def test_other_spellings_are_refused_with_the_spellings_there_are(text: str) -> None:
+    with pytest.raises(FormatError, match="format"):
+        parse_format(text)
+    assert issubclass(FormatError, BitplanError)
+    assert issubclass(BitplanError, ValueError)
+
+
+def test_operands_have_the_axis_their_scales_need() -> None:
+    assert not parse_format("int8-token").applies_to("weight")
+    assert not parse_format("int8-channel").applies_to("input")
+    for text in ("int4-g128", "fp8-e4m3", "bf16", "int8-tensor"):
+        assert parse_format(text).applies_to("weight")
+        assert parse_format(text).applies_to("input")
+
+
+def test_lists_keep_their_order_and_drop_repeats() -> None:
+    assert [str(f) for f in parse_formats("int8-g128, int4-g128,int8-g128")] == [
+        "int8-g128",
+        "int4-g128",
+    ]
+    with pytest.raises(FormatError):
+        parse_formats(" , ")
