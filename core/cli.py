@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from bitplan.errors import BitplanError
 from bitplan.options import PlanOptions, ProfileOptions, VerifyOptions
 

@@ -96,3 +96,14 @@ GENERIC: tuple[Row, ...] = (
     Row(r"(mlp|experts(\.\d+)?)\.(gate|up|gate_up)_proj", "fc1"),
     Row(r"(mlp|experts(\.\d+)?)\.down_proj", "fc2"),
 )
+
+# Matrices that these families keep as [in_features, out_features], by the end of the name.
+TRANSPOSED: dict[str, str] = {
+    **dict.fromkeys(("gpt2", "openai-gpt"), r"(c_attn|c_proj|c_fc|q_attn)"),
+    **dict.fromkeys(
+        ("gpt_oss", "llama4", "llama4_text"), r"experts\.\d+\.(gate_up_proj|down_proj)"
+    ),
+}
+
+# Families whose `gate_up_proj` alternates rows of gate and up; elsewhere the gate comes first.
+INTERLEAVED: tuple[str, ...] = ("gpt_oss",)

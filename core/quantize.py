@@ -9,9 +9,10 @@ Groups run along the last dimension; zeros pad a short last group, which leaves 
 """
 
 import torch
-from bitplan.formats import Format
 from torch import Tensor
 from torch.nn import functional as F
+
+from bitplan.formats import Format
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0

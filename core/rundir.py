@@ -43,33 +43,54 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     Raises RunError where the disk is full or the place cannot be written; the old file stays.
     """
+    write_all({path: write})
+
+
+def write_all(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+    """Write files together: none is renamed into place before all are whole and synced.
+
+    Raises RunError where the disk is full or a place cannot be written; the old files stay.
+    """
     # No known suffix and a leading dot: a reader's glob never matches a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        for path, temporary in staged.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                files[path](file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+        for parent in {path.parent for path in staged}:
+            _sync_directory(parent)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for temporary in staged.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinity are refused, not written."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    content = _json_bytes(value)
+    write_atomic(path, lambda file: file.write(content))
 
 
 def read_json(path: Path) -> Any:
@@ -181,15 +202,44 @@ class RunDir:
             "versions": versions()
         }
 
+    def _table_bytes(self, frame: Any) -> bytes:
+        """Encode a polars frame as Parquet with the run's provenance in its metadata.
+
+        In memory, so that a full disk is an OSError of our own write.
+        """
+        buffer = io.BytesIO()
+        note = {"bitplan": json.dumps(self.provenance(), sort_keys=True)}
+        frame.write_parquet(buffer, compression="zstd", metadata=note)
+        return buffer.getvalue()
+
     def write_table(self, name: str, frame: Any) -> Path:
         """Write a polars frame as Parquet with the run's provenance in its metadata."""
-        path = self.path / name
-        note = {"bitplan": json.dumps(self.provenance(), sort_keys=True)}
-        # Encoded in memory first: a full disk is then an OSError of our own write.
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer, compression="zstd", metadata=note)
-        write_atomic(path, lambda file: file.write(buffer.getbuffer()))
-        return path
+        content = self._table_bytes(frame)
+        write_atomic(self.path / name, lambda file: file.write(content))
+        return self.path / name
+
+    def commit(
+        self,
+        stage: str,
+        options: Mapping[str, Any],
+        tables: Mapping[str, Any],
+        documents: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
+        """Write a stage's tables and JSON documents together, then record it as done.
+
+        Facts such as `model=` and `data=` become keys of the manifest and provenance of the tables.
+        """
+        self.manifest = {**self.manifest, **facts}
+        contents = {name: self._table_bytes(frame) for name, frame in tables.items()}
+        contents |= {name: _json_bytes(value) for name, value in (documents or {}).items()}
+        write_all(
+            {
+                self.path / name: lambda file, content=content: file.write(content)  # type: ignore[misc]
+                for name, content in contents.items()
+            }
+        )
+        self.finish(stage, options, list(contents), **facts)
 
     def read_table(self, name: str) -> Any:
         """Read a table of this run as a polars frame; raise RunError where it is missing."""
@@ -217,12 +267,15 @@ class RunDir:
         return read_json(path)
 
     def is_done(self, stage: str, options: Mapping[str, Any]) -> bool:
-        """Whether the stage ran to its end under exactly these options and its files are there."""
+        """Whether the stage ended under exactly these options and its files are as it left them."""
         entry = self.manifest.get("stages", {}).get(stage)
         return (
             entry is not None
             and entry["options_hash"] == content_hash(options)
-            and all((self.path / name).is_file() for name in entry["files"])
+            and all(
+                (self.path / name).is_file() and file_hash(self.path / name) == digest
+                for name, digest in entry["hashes"].items()
+            )
         )
 
     def finish(
@@ -236,6 +289,7 @@ class RunDir:
             "options": dict(options),
             "options_hash": content_hash(options),
             "files": files,
+            "hashes": {name: file_hash(self.path / name) for name in files},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self.manifest = {**self.manifest, **facts, "versions": versions()}

@@ -65,6 +65,21 @@ class Linear:
         return Site(self.module, operand)
 
 
+def site_columns(linear: Linear, operand: Operand) -> dict[str, str | int | None]:
+    """Return the columns of tables.PROFILE that say which tensor a row is about, all but `step`."""
+    return {
+        "site": str(linear.site(operand)),
+        "module": linear.module,
+        "operand": operand,
+        "role": linear.role,
+        "block": linear.block,
+        "expert": linear.expert,
+        "fused": linear.fused,
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+    }
+
+
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)(?=\.|$)")
 

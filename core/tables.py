@@ -168,4 +168,13 @@ METRICS = Table(
     ),
 )
 
-TABLES = (PROFILE, ERRORS, SENSITIVITY, FRONTIER, METRICS)
+HELDOUT = Table(
+    "heldout.parquet",
+    "a held-out sequence, after an arm's last step",
+    (
+        _c("sequence", pl.Int64, "", "index of the sequence, the same for all arms and seeds"),
+        _c("loss", pl.Float64, "nats per token", "mean loss of the sequence's tokens"),
+    ),
+)
+
+TABLES = (PROFILE, ERRORS, SENSITIVITY, FRONTIER, METRICS, HELDOUT)

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bitplan.cli import EXIT_BAD_INPUT, main
 from click.testing import CliRunner
+
+from bitplan.cli import EXIT_BAD_INPUT, main
 
 COMMANDS = ("profile", "plan", "verify", "report", "demo")
 # The options others rely on; a new one is a decision, so it is written here too.

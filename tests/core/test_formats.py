@@ -1,10 +1,11 @@
 import math
 
 import pytest
-from bitplan.errors import BitplanError, FormatError
-from bitplan.formats import BF16, parse_format, parse_formats
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bitplan.errors import BitplanError, FormatError
+from bitplan.formats import BF16, parse_format, parse_formats
 
 SPELLINGS = st.one_of(
     st.sampled_from(["bf16", "fp8-e4m3", "nvfp4", "mxfp4"]),

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from bitplan.formats import Format, parse_format
-from bitplan.quantize import quantize_dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bitplan.formats import Format, parse_format
+from bitplan.quantize import quantize_dequantize
 
 E2M1 = sorted({s * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for s in (-1, 1)})
 # All finite E4M3 values: 4 exponent bits (bias 7), 3 mantissa bits, subnormals, no infinity.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
 from bitplan.errors import RunError
 from bitplan.rundir import RunDir, content_hash, read_json, write_atomic, write_json
 from bitplan.tables import ERRORS
@@ -167,3 +168,21 @@ def test_hashes_ignore_key_order_and_json_refuses_nan(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         read_json(tmp_path / "bad.json")
+
+
+def test_files_of_a_commit_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    frame = pl.DataFrame({"x": [1.0]})
+    run.commit("plan", {"a": 1}, {"t.parquet": frame}, {"d.json": {"y": 2}})
+    assert run.is_done("plan", {"a": 1})
+    before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+    with pytest.raises(ValueError, match="JSON"):
+        run.commit("plan", {"a": 2}, {"t.parquet": frame * 2}, {"d.json": {"y": float("nan")}})
+    assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+
+
+def test_a_file_changed_since_its_stage_makes_the_stage_undone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.commit("plan", {"a": 1}, {"t.parquet": pl.DataFrame({"x": [1.0]})})
+    run.write_table("t.parquet", pl.DataFrame({"x": [2.0]}))
+    assert not run.is_done("plan", {"a": 1})

@@ -1,9 +1,10 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from bitplan.errors import PlanError
 from bitplan.families import FAMILIES
 from bitplan.sites import PLANNED_ROLES, ROLES, Linear, Site, describe
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(
