@@ -91,8 +91,9 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
 GENERIC: tuple[Row, ...] = (
     Row(r"lm_head|embed_out", "lm_head"),
     Row(r"embed_tokens|wte|embed_in|word_embeddings|shared", "embed"),
-    Row(r"(attn|attention)\.([qkv]_proj|qkv_proj)", "qkv"),
-    Row(r"(attn|attention)\.(o_proj|out_proj)", "o"),
+    Row(r"(self_)?(attn|attention)\.([qkv]_proj|qkv_proj)", "qkv"),
+    Row(r"(self_)?(attn|attention)\.(o_proj|out_proj)", "o"),
+    Row(r"router", "router"),
     Row(r"(mlp|experts(\.\d+)?)\.(gate|up|gate_up)_proj", "fc1"),
     Row(r"(mlp|experts(\.\d+)?)\.down_proj", "fc2"),
 )

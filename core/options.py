@@ -91,4 +91,4 @@ class VerifyOptions:
     trust_remote_code: bool = False
     """Let the checkpoint's own Python code run."""
 
-    DEFAULT_TOKENS = 65_536
+    DEFAULT_TOKENS = 40_960

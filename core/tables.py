@@ -142,12 +142,18 @@ FRONTIER = Table(
     "frontier.parquet",
     "a plan: the best at a budget, or a rule's",
     (
-        _c("label", pl.String, "", "`optimal`, or the name of the rule"),
+        _c("label", pl.String, "", "`optimal`, `plan` (the one chosen), or the name of the rule"),
         _c("budget", pl.String, "", "the budgeted quantity, e.g. `input_bits`"),
         _c("limit", pl.Float64, "of the budget", "the limit asked for; null for a rule"),
         _c("cost", pl.Float64, "of the budget", "what the plan uses of it"),
         _c(
             "delta_loss", pl.Float64, "nats per token", "predicted change of loss, all sites summed"
+        ),
+        _c(
+            "objective",
+            pl.Float64,
+            "",
+            "what was minimized: delta_loss, or without sensitivities the weighted relative error",
         ),
         _c("weight_bits", pl.Float64, "bits", "average effective bits of the weights"),
         _c("input_bits", pl.Float64, "bits", "average effective bits of the inputs, by MACs"),

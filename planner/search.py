@@ -1,0 +1,178 @@
+"""From the problem to menus of options and back: the best choice under limits.
+
+While every cost adds up over sites, the weights of a group of linears and its inputs are two cells,
+with one option per format. A limit on bit operations or time prices the pair: then a group is one
+cell, with one option per pair of formats. Both are exact; the second is larger, so it is used only
+where it is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitplan.errors import BudgetError
+from bitplan.planner.budgets import Cost, Limit, held, objective
+from bitplan.planner.predict import Floats
+from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
+from bitplan.planner.solve import SLACK, Menu, Solution, solve, split
+
+SHOWN_DIGITS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A choice [S], what was minimized, and how far from proven optimal it is."""
+
+    choice: Ints
+    value: float
+    gap: float
+
+
+class Search:
+    """One objective and some costs, ready to be solved for many limits."""
+
+    def __init__(self, problem: Problem, target: Cost, costs: Sequence[Cost]) -> None:
+        self._problem = problem
+        self._joint = any(cost.pair is not None for cost in (target, *costs))
+        self._open = _open_cells(problem)
+        self._groups = len(self._open)
+        allowed = self._allowed()
+        self._cell, self._option = np.nonzero(allowed)
+        size = np.where(problem.is_input, problem.macs[problem.linear], 0.0)
+        size += np.where(problem.is_input, 0.0, problem.params[problem.linear])
+        tie = Cost(site=held(problem, np.where(problem.counted, size, 0.0)[:, None] * problem.bits))
+        self._menu = Menu(
+            cell=self._cell,
+            objective=self._table(target)[allowed],
+            costs=np.array([self._table(cost)[allowed] for cost in costs]).reshape(
+                len(costs), len(self._cell)
+            ),
+            tie=self._table(tie)[allowed],
+        )
+
+        self._parts = [part for part in split(self._menu) if len(part[0])]
+        self._order = range(len(self._parts))
+        self._memo: dict[tuple[float, ...], Solution | None] = {}
+
+    def solve(self, limits: Sequence[float]) -> Found | None:
+        """Return the best choice within the limits of the costs, or None where there is none."""
+        solutions = [self._part(k, [limits[b] for b in self._parts[k][1]]) for k in self._order]
+        options, value, above = [], 0.0, 0.0
+        for k, solution in zip(self._order, solutions, strict=True):
+            if solution is None:
+                return None
+            options.append(self._parts[k][0][solution.options])
+            value += solution.value
+            above += solution.gap * abs(solution.value)
+        choice = self._choice(np.sort(np.concatenate(options)))
+        return Found(choice=choice, value=value, gap=above / abs(value) if above else 0.0)
+
+    def _part(self, k: int, limits: Sequence[float]) -> Solution | None:
+        """Solve one of the parts that share no limit, once for the same limits."""
+        key = (k, *limits)
+        if key not in self._memo:
+            index, rows = self._parts[k]
+            menu = Menu(
+                cell=self._menu.cell[index],
+                objective=self._menu.objective[index],
+                costs=self._menu.costs[np.ix_(rows, index)],
+                tie=self._menu.tie[index],
+            )
+            self._memo[key] = solve(menu, np.array(limits, dtype=float))
+        return self._memo[key]
+
+    @property
+    def least(self) -> float:
+        """The smallest value of the objective when nothing is limited."""
+        _, start = np.unique(self._cell, return_index=True)
+        return float(np.minimum.reduceat(self._menu.objective, start).sum())
+
+    def _allowed(self) -> Bools:
+        """Return [cell, option]; a cell without a site to decide keeps its first option."""
+        weight, input_ = self._open[:, 0], self._open[:, 1]
+        if not self._joint:
+            return self._open.reshape(2 * self._groups, -1)
+        pairs = weight[:, :, None] & input_[:, None, :]
+        return pairs.reshape(self._groups, -1)
+
+    def _table(self, cost: Cost) -> Floats:
+        """Add a cost up to [cell, option]."""
+        p, formats = self._problem, len(self._problem.formats)
+        parts = np.zeros((self._groups, 2, formats))
+        np.add.at(parts, (p.group[p.linear], p.is_input.astype(int)), cost.site)
+        if not self._joint:
+            return parts.reshape(2 * self._groups, formats)
+        table = parts[:, 0, :, None] + parts[:, 1, None, :]
+        if cost.pair is not None:
+            np.add.at(table, p.group, cost.pair)
+        return table.reshape(self._groups, formats * formats)
+
+    def _choice(self, options: Ints) -> Ints:
+        """Read the format of every site off the chosen option of its cell."""
+        p, formats = self._problem, len(self._problem.formats)
+        option = self._option[options]
+        if self._joint:
+            picked = np.stack([option // formats, option % formats], axis=1)
+        else:
+            picked = option.reshape(self._groups, 2)
+        mine = picked[p.group[p.linear], p.is_input.astype(int)]
+        return np.where(p.fixed == UNFIXED, mine, p.fixed)
+
+
+def _open_cells(problem: Problem) -> Bools:
+    """Return [group, operand, F]: the formats that all sites to decide of a group allow.
+
+    Where a group has no site to decide (all fixed, or none), the first column stands for it.
+    """
+    groups, formats = int(problem.group.max()) + 1, len(problem.formats)
+    undecided = problem.fixed == UNFIXED
+    where = (problem.group[problem.linear[undecided]], problem.is_input[undecided].astype(int))
+    out = np.ones((groups, 2, formats), dtype=bool)
+    np.logical_and.at(out, where, problem.allowed[undecided])
+    decides = np.zeros((groups, 2), dtype=bool)
+    decides[where] = True
+    out[~decides] = np.arange(formats) == 0
+    return out
+
+
+def best(problem: Problem, limits: Sequence[Limit], target: Cost | None = None) -> Found:
+    """Return the choice of least predicted loss (or `target`) within the limits.
+
+    Raises BudgetError where no choice keeps to them, with the smallest value that one does.
+    """
+    costs = [limit.cost(problem) for limit in limits]
+    target = target or objective(problem)
+    found = Search(problem, target, costs).solve([limit.value for limit in limits])
+    if found is None:
+        raise _too_small(problem, limits, costs)
+    return found
+
+
+def _too_small(problem: Problem, limits: Sequence[Limit], costs: Sequence[Cost]) -> BudgetError:
+    """Say which limit cannot be met, and the smallest value of it that can."""
+    for i, limit in enumerate(limits):
+        if Search(problem, costs[i], []).least > limit.value * (1 + SLACK):
+            break
+    others = [j for j in range(len(limits)) if j != i]
+    joint = Search(problem, costs[i], [costs[j] for j in others]).solve(
+        [limits[j].value for j in others]
+    )
+    alone = Search(problem, costs[i], []).least
+    smallest = joint.value if joint else alone
+    clash = smallest > alone * (1 + SLACK)
+    beside = f" beside {', '.join(str(limits[j]) for j in others)}" if clash else ""
+    return BudgetError(
+        f"no plan meets {limit}{beside}: the smallest that can be met is "
+        f"{round_up(smallest)} {limit.budget.unit}; raise it, or allow smaller --formats",
+        smallest=smallest,
+    )
+
+
+def round_up(value: float) -> str:
+    """Return a decimal no smaller than `value`, so that what a message says can be typed."""
+    text = f"{value:.{SHOWN_DIGITS}g}"
+    if float(text) < value:
+        step = 10.0 ** (np.floor(np.log10(value)) - SHOWN_DIGITS + 1)
+        text = f"{float(text) + step:.{SHOWN_DIGITS}g}"
+    return text

@@ -1,0 +1,229 @@
+"""Inputs: calibration tokens through the model under nnsight, a batch at a time.
+
+Each linear's input goes into a streaming statistic as it is computed, and, where sensitivity is
+asked for, the same pass is run backward (sensitivity.py). Linears that are handed one tensor
+(q/k/v; gate and up) share its statistics. Nothing of a batch outlives it, so memory does not grow
+with tokens; batches are as large as a bound on activations allows.
+"""
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitplan.errors import CheckpointError
+from bitplan.formats import Format
+from bitplan.probe.experts import Expert
+from bitplan.probe.modules import LinearModule
+from bitplan.probe.sensitivity import ROLES, GradientSensitivity, summed_loss
+from bitplan.probe.stats import TensorStats
+from bitplan.probe.trace import traced
+from bitplan.progress import track
+
+# Tensors remembered to recognize the next reader of the same one; readers follow closely.
+_RECENT = 8
+_BATCH_BYTES = {"cpu": 1 << 28}
+_GPU_BATCH_BYTES = 1 << 33
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the inputs showed: statistics by module, sensitivity, loss (nats per token), notes.
+
+    A module that no token reached is not in `stats`; modules that share an input share the object.
+    """
+
+    stats: dict[str, TensorStats]
+    sensitivity: list[dict[str, Any]] | None
+    loss: float | None
+    notes: tuple[str, ...]
+
+
+def measure_inputs(
+    model: nn.Module,
+    items: Sequence[LinearModule],
+    ids: Tensor,
+    formats: Sequence[Format],
+    *,
+    has_loss: bool,
+    sensitivity: bool,
+) -> Inputs:
+    """Run token ids [sequences, tokens] through a model and measure the inputs of its linears.
+
+    Without a loss there is no sensitivity. Raises CheckpointError where the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    estimate = (
+        GradientSensitivity(formats, sequences=len(ids), seq_len=ids.shape[1], device=device)
+        if sensitivity and has_loss
+        else None
+    )
+    watcher = _Watcher(model, items, formats, estimate)
+    names = [item.linear.module for item in items]
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    starts = range(0, len(ids), size := _batch_size(items, ids.shape[1], device))
+    with traced(model, names, every_pass=watcher.order_varies) as tracer, _frozen(model):
+        for start in track(starts, "profiling inputs"):
+            batch = ids[start : start + size].to(device)
+            watcher.begin(batch, start)
+            with torch.set_grad_enabled(estimate is not None):
+                output = tracer.run(batch, watcher)
+                batch_loss = summed_loss(output.logits, batch) if has_loss else loss.new_zeros(())
+            if estimate is not None:
+                # Not Tensor.backward, which nnsight replaces.
+                torch.autograd.backward(batch_loss)
+            loss += batch_loss.detach()
+            watcher.end()
+            del output, batch_loss
+    predicted = len(ids) * (ids.shape[1] - 1)
+    return Inputs(
+        stats={name: stats for name, stats in watcher.stats.items() if stats.rows},
+        sensitivity=list(estimate.rows(items)) if estimate is not None else None,
+        loss=_finite(loss.item() / predicted) if has_loss else None,
+        notes=tuple(
+            f"{name} runs more than once in a pass: its statistics are those of the first run"
+            for name in tracer.repeated
+        ),
+    )
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise CheckpointError(f"the loss on the calibration text is {loss}: the model is damaged")
+    return loss
+
+
+def _batch_size(items: Sequence[LinearModule], seq_len: int, device: torch.device) -> int:
+    """Return how many sequences keep the activations of a batch within the bound, at least 1."""
+    # A linear's input and output, and what lies between it and the next, as often again.
+    floats = sum(2 * (i.linear.in_features + i.linear.out_features) for i in items if i.has_input)
+    bound = _BATCH_BYTES.get(device.type, _GPU_BATCH_BYTES)
+    return max(1, bound // max(1, 4 * floats * seq_len))
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient in the block: only activations do."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class _Seen:
+    """A tensor of this batch, the linear that read it first, and each row's place in the text."""
+
+    x: Tensor
+    leader: str
+    positions: Tensor | None
+    sequences: Tensor
+    views: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+
+
+class _Watcher:
+    """Updates statistics and sensitivity with every tensor a trace shows."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        items: Sequence[LinearModule],
+        formats: Sequence[Format],
+        estimate: GradientSensitivity | None,
+    ) -> None:
+        self.stats: dict[str, TensorStats] = {}
+        self._items = {item.linear.module: item for item in items}
+        self._formats = tuple(formats)
+        self._estimate = estimate
+        self._experts = {
+            f"{name}.{child}": module
+            for name, module in model.named_modules()
+            if isinstance(module, Expert)
+            for child, _ in module.named_children()
+        }
+        self._recent: deque[_Seen] = deque(maxlen=_RECENT)
+        self._reading: _Seen | None = None
+
+    @property
+    def order_varies(self) -> bool:
+        """Whether the tokens decide which modules run: experts that are skipped when unused."""
+        return any(
+            item.linear.expert is not None and name not in self._experts
+            for name, item in self._items.items()
+        )
+
+    def begin(self, batch: Tensor, start: int) -> None:
+        """Take note of a batch of ids [sequences, tokens], the first of them number `start`."""
+        rows = torch.arange(batch.numel(), device=batch.device)
+        self._shape = batch.shape
+        self._positions = rows % batch.shape[1]
+        self._sequences = rows // batch.shape[1] + start
+
+    def end(self) -> None:
+        """Let go of the batch."""
+        self._recent.clear()
+        self._reading = None
+
+    def on_input(self, name: str, x: Tensor) -> Tensor | None:
+        """Take in a linear's input; return the view it must read where gradients are wanted."""
+        item = self._items[name]
+        self._reading = None
+        if not item.has_input:
+            return None
+        seen = self._reading = self._find(x) or self._first(name, x)
+        self.stats[name] = self.stats[seen.leader]
+        if self._estimate is None or item.linear.role not in ROLES or not x.requires_grad:
+            return None
+        group = item.linear.fused or name
+        if group not in seen.views:
+            seen.views[group] = name, self._estimate.input(name, x, seen.sequences)
+        leader, view = seen.views[group]
+        self._estimate.share(name, leader)
+        return view
+
+    def on_output(self, name: str, y: Tensor) -> None:
+        """Take in a linear's output; embeddings are where gradients begin."""
+        item, seen = self._items[name], self._reading
+        if self._estimate is None:
+            return
+        if seen is None:
+            if not y.requires_grad:
+                y.requires_grad_(True)
+        elif item.linear.role in ROLES and y.requires_grad:
+            self._estimate.output(item, seen.x, y, seen.sequences)
+
+    def _find(self, x: Tensor) -> _Seen | None:
+        return next((seen for seen in self._recent if seen.x is x), None)
+
+    def _first(self, name: str, x: Tensor) -> _Seen:
+        """Update the statistics with a tensor that was not seen before in this batch."""
+        positions, sequences = self._places(name, x)
+        if name not in self.stats:
+            self.stats[name] = TensorStats(
+                x.shape[-1], operand="input", formats=self._formats, device=x.device
+            )
+        self.stats[name].update(
+            x, positions=positions, sequences=sequences if positions is not None else None
+        )
+        seen = _Seen(x, name, positions, sequences)
+        self._recent.append(seen)
+        return seen
+
+    def _places(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return each row's position, None where it cannot be told, and its sequence: [rows]."""
+        rows = x.numel() // x.shape[-1]
+        if (expert := self._experts.get(name)) is not None and expert.tokens is not None:
+            return self._positions[expert.tokens], self._sequences[expert.tokens]
+        if rows == self._positions.numel():
+            return self._positions, self._sequences
+        # Rows in no known order: their share of each sequence is lost, not their sum.
+        return None, self._sequences[:1].expand(rows)

@@ -1,0 +1,299 @@
+"""`bitplan profile`: a checkpoint to profile.parquet, errors.parquet and sensitivity.parquet.
+
+The stage loads a checkpoint, reads calibration text, measures every weight and every input, and
+writes the tables together at its end: what fails leaves the run directory as it was. Asked again
+with the same options, checkpoint and text, it returns what is there.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from bitplan.errors import DataError
+from bitplan.formats import Format, parse_format
+from bitplan.options import ProfileOptions
+from bitplan.probe.checkpoint import (
+    Checkpoint,
+    hash_files,
+    identify,
+    load_checkpoint,
+    resolve_device,
+    some,
+)
+from bitplan.probe.inputs import Inputs, measure_inputs
+from bitplan.probe.modules import LinearModule, find_linears
+from bitplan.probe.result import ProfileResult
+from bitplan.probe.stats import Summary, TensorStats, to_host
+from bitplan.probe.text import Corpus, load_text, tokenize
+from bitplan.probe.weights import (
+    gate_up_correlation,
+    gate_up_partners,
+    open_weights,
+    profile_weights,
+)
+from bitplan.progress import track
+from bitplan.rundir import RunDir
+from bitplan.sites import site_columns
+from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
+
+STAGE = "profile"
+_EMPTY = {"tokens": 0, "count": 0, "nan_count": 0, "inf_count": 0}
+
+
+def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
+    """Profile a checkpoint into a run directory, or return the profile that is there.
+
+    Raises CheckpointError, DataError, FormatError or RunError; nothing is written then.
+    """
+    formats = tuple(dict.fromkeys(parse_format(name) for name in options.formats))
+    resolve_device(options.device)
+    target = RunDir.create(run)
+    with target.lock():
+        if options.weights_only:
+            return _weights_only(target, options, formats)
+        corpus = load_text(options.data)
+        asked = asdict(options) | {
+            "model_hash": identify(options.model, trust_remote_code=options.trust_remote_code),
+            "data_hash": corpus.content_hash,
+        }
+        if target.is_done(STAGE, asked):
+            return _result(target, up_to_date=True)
+        return _measure(target, options, asked, formats, corpus)
+
+
+def _measure(
+    target: RunDir,
+    options: ProfileOptions,
+    asked: Mapping[str, Any],
+    formats: Sequence[Format],
+    corpus: Corpus,
+) -> ProfileResult:
+    checkpoint = load_checkpoint(
+        options.model, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    ids = _calibration_ids(checkpoint, corpus, options)
+    items = find_linears(checkpoint.model)
+    inputs = measure_inputs(
+        checkpoint.model,
+        items,
+        ids,
+        formats,
+        has_loss=checkpoint.has_loss,
+        sensitivity=options.sensitivity,
+    )
+    summaries = _summaries(items, inputs, formats)
+    rows = [_with_texts(row, ids, checkpoint.tokenizer) for row in _rows(items, summaries)]
+    frames = {
+        PROFILE.file: PROFILE.frame(rows),
+        ERRORS.file: ERRORS.frame(_error_rows(items, summaries)),
+    }
+    if inputs.sensitivity is not None:
+        frames[SENSITIVITY.file] = SENSITIVITY.frame(inputs.sensitivity)
+    data = {
+        "source": corpus.source,
+        "content_hash": corpus.content_hash,
+        "split": "calibration",
+        "tokens": ids.numel(),
+        "seq_len": ids.shape[1],
+    }
+    facts = {"model": checkpoint.facts(), "data": data, "seed": options.seed}
+    notes = [*_notes(checkpoint, rows, options), *corpus.notes, *inputs.notes]
+    return _write(target, asked, frames, facts, notes)
+
+
+def _weights_only(
+    target: RunDir, options: ProfileOptions, formats: Sequence[Format]
+) -> ProfileResult:
+    """Profile the weights of safetensors files alone, which need not fit in memory."""
+    files = open_weights(options.model)
+    asked = asdict(options) | {"model_hash": hash_files(files.files)}
+    if target.is_done(STAGE, asked):
+        return _result(target, up_to_date=True)
+    records = list(
+        track(
+            profile_weights(files, formats, resolve_device(options.device)),
+            "profiling weights",
+            total=len(files.matrices),
+        )
+    )
+    frames = {
+        PROFILE.file: PROFILE.frame(record.row for record in records),
+        ERRORS.file: ERRORS.frame(row for record in records for row in record.errors),
+    }
+    embeddings = sum(
+        matrix.linear.in_features * matrix.linear.out_features
+        for matrix in files.matrices
+        if matrix.linear.role in ("embed", "lm_head")
+    )
+    model = {
+        "source": files.source,
+        "content_hash": asked["model_hash"],
+        "family": files.family,
+        "architecture": files.architecture,
+        "num_parameters": files.num_parameters,
+        "num_non_embedding_parameters": files.num_parameters - embeddings,
+        "weights_note": None,
+    }
+    notes = ["weights only: no inputs and no sensitivity were measured"]
+    if files.skipped:
+        notes.append(
+            f"{len(files.skipped)} tensors are no linears (norms, biases): {some(files.skipped)}"
+        )
+    return _write(target, asked, frames, {"model": model, "data": None, "seed": None}, notes)
+
+
+def _calibration_ids(checkpoint: Checkpoint, corpus: Corpus, options: ProfileOptions) -> Tensor:
+    """Return the calibration tokens [sequences, seq_len]; raise DataError where they do not fit."""
+    config: Any = checkpoint.model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and options.seq_len > longest:
+        raise DataError(
+            f"sequences of {options.seq_len} tokens were asked for, {options.model} takes "
+            f"{longest} at the most: pass --seq-len {longest}"
+        )
+    return tokenize(
+        corpus,
+        checkpoint.tokenizer,
+        "calibration",
+        tokens=options.tokens,
+        seq_len=options.seq_len,
+        seed=options.seed,
+    )
+
+
+def _notes(
+    checkpoint: Checkpoint, rows: Iterable[Mapping[str, Any]], options: ProfileOptions
+) -> Iterator[str]:
+    if checkpoint.weights_note:
+        yield f"{checkpoint.weights_note}: the weights' error here is not that of the original"
+    if options.sensitivity and not checkpoint.has_loss:
+        yield f"no sensitivity: {type(checkpoint.model).__name__} predicts no next token"
+    silent = [row for row in rows if row["operand"] == "input" and not row["count"]]
+    experts = sum(row["expert"] is not None for row in silent)
+    if experts:
+        yield f"{experts} linears of experts were reached by no token: profile more tokens"
+    if len(silent) > experts:
+        yield f"{len(silent) - experts} linears outside experts did not run on text alone"
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Summaries:
+    """Statistics on the host: by weight and by input, and the rows' extra columns of weights."""
+
+    weights: dict[str, Summary]
+    inputs: dict[str, Summary]
+    correlations: dict[str, float]
+
+
+def _summaries(
+    items: Sequence[LinearModule], inputs: Inputs, formats: Sequence[Format]
+) -> _Summaries:
+    """Measure the weights, and bring everything to the host in one transfer."""
+    partners = gate_up_partners([item.linear for item in items])
+    by_name = {item.linear.module: item for item in items}
+    # A tied head is the embedding's tensor, and linears that share an input share its statistics:
+    # each is reduced once.
+    weights: dict[str, tuple[int, ...]] = {}
+    reduced: dict[tuple[int, ...], Summary] = {}
+    correlations: dict[str, Tensor] = {}
+    for item in track(items, "profiling weights"):
+        name, weight = item.linear.module, item.weight().detach()
+        weights[name] = key = (weight.data_ptr(), *weight.shape)
+        if key not in reduced:
+            stats = TensorStats(
+                weight.shape[1], operand="weight", formats=formats, device=weight.device
+            )
+            stats.update(weight)
+            reduced[key] = stats.summary()
+        if (partner := partners.get(name)) is not None:
+            other = None if partner == name else by_name[partner].weight().detach()
+            correlations[name] = gate_up_correlation(weight, other)
+    shared = {id(stats): stats for stats in inputs.stats.values()}
+    found = to_host([*reduced.values(), *(stats.summary() for stats in shared.values())])
+    on_host = dict(zip([*reduced, *((key,) for key in shared)], found, strict=True))
+    values = torch.stack(list(correlations.values())).tolist() if correlations else []
+    return _Summaries(
+        weights={name: on_host[key] for name, key in weights.items()},
+        inputs={name: on_host[(id(stats),)] for name, stats in inputs.stats.items()},
+        correlations=dict(zip(correlations, values, strict=True)),
+    )
+
+
+def _rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterator[dict[str, Any]]:
+    """Yield the rows of profile.parquet; an input that nothing reached has counts of zero."""
+    for item in items:
+        linear = item.linear
+        yield (
+            summaries.weights[linear.module].row()
+            | site_columns(linear, "weight")
+            | {"step": 0, "gate_up_correlation": summaries.correlations.get(linear.module)}
+        )
+        if item.has_input:
+            seen = summaries.inputs.get(linear.module)
+            row = _EMPTY if seen is None else seen.row()
+            yield row | site_columns(linear, "input") | {"step": 0}
+
+
+def _error_rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterator[dict[str, Any]]:
+    for item in items:
+        for operand, found in (("weight", summaries.weights), ("input", summaries.inputs)):
+            if (summary := found.get(item.linear.module)) is not None:
+                site = {"site": f"{item.linear.module}:{operand}", "step": 0}
+                yield from (site | row for row in summary.error_rows())
+
+
+def _with_texts(row: dict[str, Any], ids: Tensor, tokenizer: Any) -> dict[str, Any]:
+    """Return a row whose top tokens carry their text."""
+    if row["operand"] == "weight":
+        return row | {"top_tokens": None}
+    tokens = [
+        token | {"text": tokenizer.decode([int(ids[token["sequence"], token["position"]])])}
+        if token["position"] >= 0
+        else token
+        for token in row.get("top_tokens", ())
+    ]
+    return row | {"top_tokens": tokens}
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _write(
+    target: RunDir,
+    asked: Mapping[str, Any],
+    frames: Mapping[str, pl.DataFrame],
+    facts: Mapping[str, Any],
+    notes: Sequence[str],
+) -> ProfileResult:
+    """Write the tables and the manifest, and drop what an earlier profile left."""
+    # The tables' provenance is read from the manifest, which is written last.
+    target.manifest = {**target.manifest, **facts}
+    for name, frame in frames.items():
+        target.write_table(name, frame)
+    if SENSITIVITY.file not in frames:
+        (target.path / SENSITIVITY.file).unlink(missing_ok=True)
+    target.finish(STAGE, asked, list(frames), **facts, notes=list(notes))
+    return _result(target, up_to_date=False)
+
+
+def _result(target: RunDir, *, up_to_date: bool) -> ProfileResult:
+    entry = target.manifest["stages"][STAGE]
+    tables = {name: target.read_table(name) for name in entry["files"]}
+    return ProfileResult(
+        run=target.path,
+        up_to_date=up_to_date,
+        profile=tables[PROFILE.file],
+        errors=tables[ERRORS.file],
+        sensitivity=tables.get(SENSITIVITY.file),
+        formats=tuple(entry["options"]["formats"]),
+        files=tuple(entry["files"]),
+        notes=tuple(target.manifest.get("notes", ())),
+    )

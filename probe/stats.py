@@ -1,0 +1,374 @@
+"""Streaming statistics of one tensor that is seen in chunks, computed where the tensor lives.
+
+`TensorStats.update` reads a chunk [..., in_features] and never makes the host wait; `merge` joins
+two streams; `summary` reduces everything to one small vector, still on the device, so that many
+tensors cross to the host in one transfer (`to_host`).
+
+Moments are those of rows (tokens or output channels), pooled in float64 (moments.py), so the split
+into chunks changes results by float64 rounding alone.
+
+Quantiles and outliers come from a histogram of 10 mantissa bits (histogram.py): quantiles of |x|
+within 0.05 %; `outlier_share` to the precision of a bin, null where that is wider than 2 sigma.
+
+Tokens. First tokens of sequences are pooled apart from the others, and the TOP_TOKENS tokens with
+the largest |x| are kept one by one, so that leaving them out subtracts nothing from large sums.
+"The top 1 %" is 1 % of the tokens, rounded up, and at the most TOP_TOKENS of them: beyond 102,400
+tokens it is the top 1,024. Ties go to the token seen first.
+
+Errors. Squared quantization error over squared norm, squares in float32 (so |x| between 1e-15 and
+1e15), sums in float64. Formats with one scale per tensor take it from each chunk.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitplan.formats import Format, Operand
+from bitplan.probe.histogram import add_to_histogram, empty_histogram, read_histogram
+from bitplan.probe.moments import moments_of, pool, row_moments, shape_of
+from bitplan.quantize import quantize_dequantize
+
+TOP = 8
+TOP_TOKENS = 1024
+TOP_SHARE = 0.01
+OUTLIER_SIGMAS = 6.0
+QUANTILES = {"abs_p50": 0.5, "abs_p99": 0.99, "abs_p999": 0.999}
+
+_CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
+_GPU_BLOCK = 1 << 26
+_SCALARS = (
+    "count",
+    "mean",
+    "std",
+    "skewness",
+    "kurtosis",
+    "absmax",
+    "rms",
+    *QUANTILES,
+    "outlier_share",
+    "channel_rms_kurtosis",
+    "kurtosis_without_first_token",
+    "kurtosis_without_top_tokens",
+    "nan_count",
+    "inf_count",
+)
+_COUNTS = ("count", "nan_count", "inf_count")
+# Columns of a row that is kept: five of moments.py, its place, and its largest |x|.
+_N, _MEAN = 0, 1
+_FIRST, _SEQUENCE, _ABSMAX = 5, 6, 8
+
+
+class TensorStats:
+    """Statistics of one tensor, an input or a weight, gathered chunk by chunk on its device.
+
+    `channel_absmax` and `channel_rms` are [in_features]; everything else comes from `row`,
+    `errors` or, many tensors at a time, from `summary` and `to_host`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        operand: Operand,
+        formats: Sequence[Format] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.in_features = in_features
+        self.operand: Operand = operand
+        self.formats = tuple(fmt for fmt in formats if fmt.applies_to(operand))
+        self.device = torch.device(device)
+        self.rows = 0
+        self.sequences = 0
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
+        self._top = zeros(0, 9)  # the tokens kept, by falling |x|
+        self._histogram = empty_histogram(self.device)
+        self._absmax = zeros(in_features, dtype=torch.float32)
+        self._squares = zeros(in_features)
+        self._counts = zeros(in_features)
+        self._nonfinite = zeros(2)  # NaN, infinite
+        self._errors = zeros(len(self.formats))
+
+    @property
+    def channel_absmax(self) -> Tensor:
+        """Largest |x| of each input channel, [in_features]."""
+        return self._absmax
+
+    @property
+    def channel_rms(self) -> Tensor:
+        """Root mean square of each input channel, [in_features], float64."""
+        return (self._squares / self._counts.clamp_min(1)).sqrt()
+
+    @torch.no_grad()
+    def update(
+        self, x: Tensor, *, positions: Tensor | None = None, sequences: Tensor | None = None
+    ) -> None:
+        """Take in a chunk [..., in_features]; no value of it reaches the host.
+
+        An input [batch, tokens, in_features] holds whole sequences, numbered in the order seen. For
+        other layouts give each row's position and sequence number ([rows], integer); without them
+        no row counts as a first token and top tokens have position -1.
+        """
+        rows = x.detach().reshape(-1, self.in_features)
+        if rows.shape[0] == 0:
+            return
+        where = self._places(x, rows.shape[0], positions, sequences)
+        size = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // self.in_features)
+        tensor_wide = [fmt.granularity == "tensor" or fmt.kind == "nvfp4" for fmt in self.formats]
+        moments = []
+        for block in torch.split(rows, size):
+            clean, valid = self._clean(block.float())
+            moments.append(row_moments(clean, valid))
+            self._add_channels(clean, valid)
+            for i, fmt in enumerate(self.formats):
+                if not tensor_wide[i]:
+                    self._errors[i] += _squared_error(clean, fmt)
+        for i, fmt in enumerate(self.formats):
+            if tensor_wide[i]:
+                whole = rows.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+                self._errors[i] += _squared_error(whole, fmt)
+        self.rows += rows.shape[0]
+        found, absmax = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        self._add_rows(torch.cat([found, where, absmax[:, None]], dim=1))
+
+    def merge(self, other: "TensorStats") -> None:
+        """Take in what `other` has seen, as if its chunks had come after those seen here."""
+        if (other.in_features, other.operand, other.formats) != (
+            self.in_features,
+            self.operand,
+            self.formats,
+        ):
+            raise ValueError("only statistics of one shape, operand and formats merge")
+        top = other._top.to(self.device, copy=True)
+        top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
+        self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
+        self._add_rows(top)
+        self._histogram += other._histogram.to(self.device)
+        self._absmax = torch.maximum(self._absmax, other._absmax.to(self.device))
+        for name in ("_squares", "_counts", "_nonfinite", "_errors"):
+            setattr(self, name, getattr(self, name) + getattr(other, name).to(self.device))
+        self.rows += other.rows
+        self.sequences += other.sequences
+
+    def joined(self, other: "TensorStats") -> "TensorStats":
+        """Return new statistics of what both have seen, `other` after `self`."""
+        result = TensorStats(
+            self.in_features, operand=self.operand, formats=self.formats, device=self.device
+        )
+        result.merge(self)
+        result.merge(other)
+        return result
+
+    @torch.no_grad()
+    def summary(self) -> "Summary":
+        """Reduce all of it to one vector on the device; the host does not wait."""
+        total = pool(torch.cat([self._pooled, self._top[:, :5]]))
+        std, skewness, kurtosis = shape_of(total)
+        excluded = min(math.ceil(TOP_SHARE * self.rows), TOP_TOKENS)
+        others = self._top[:, :5] * (1 - self._top[:, _FIRST, None])
+        without_first = pool(torch.cat([self._pooled[:1], others]))
+        without_top = pool(torch.cat([self._pooled[:1], others[excluded:]]))
+        absmax = self._absmax.max().double()
+        quantiles, outliers = read_histogram(
+            self._histogram,
+            tuple(QUANTILES.values()),
+            total=total[_N],
+            mean=total[_MEAN],
+            distance=OUTLIER_SIGMAS * std,
+        )
+        is_input = self.operand == "input"
+        scalars = {
+            "count": total[_N],
+            "mean": total[_MEAN],
+            "std": std,
+            "skewness": skewness,
+            "kurtosis": kurtosis,
+            "absmax": absmax,
+            "rms": (std**2 + total[_MEAN] ** 2).sqrt(),
+            **dict(zip(QUANTILES, quantiles.minimum(absmax), strict=True)),
+            "outlier_share": outliers,
+            "channel_rms_kurtosis": shape_of(moments_of(self.channel_rms))[2],
+            "kurtosis_without_first_token": shape_of(without_first)[2],
+            "kurtosis_without_top_tokens": shape_of(without_top)[2],
+            "nan_count": self._nonfinite[0],
+            "inf_count": self._nonfinite[1],
+        }
+        rms, channel = self.channel_rms.sort(descending=True, stable=True)
+        channels = torch.stack([channel.double(), self._absmax[channel].double(), rms], dim=1)
+        tokens = self._top[:, _SEQUENCE:]
+        vector = torch.cat(
+            [
+                torch.stack([scalars[name] for name in _SCALARS]),
+                self._errors / self._squares.sum(),
+                channels[:TOP].flatten(),
+                tokens[:TOP].flatten(),
+            ]
+        )
+        return Summary(
+            vector=vector,
+            formats=tuple(fmt.name for fmt in self.formats),
+            channels=min(TOP, self.in_features),
+            tokens=self.rows if is_input else None,
+        )
+
+    def row(self) -> dict[str, Any]:
+        """Return the statistic columns of tables.PROFILE."""
+        return self.summary().row()
+
+    def errors(self) -> dict[str, float]:
+        """Return squared quantization error over squared norm by format name; NaN for zeros."""
+        return self.summary().errors()
+
+    def _places(
+        self, x: Tensor, rows: int, positions: Tensor | None, sequences: Tensor | None
+    ) -> Tensor:
+        """Say which rows are first tokens, with sequence and position: [rows, 3]."""
+        if positions is None and self.operand == "input" and x.dim() == 3:
+            batch, length = x.shape[:2]
+            order = torch.arange(rows, device=self.device)
+            positions = order % length
+            sequences = order // length + self.sequences
+            self.sequences += batch
+        unknown = torch.full((rows,), -1, device=self.device)
+        position = unknown if positions is None else positions.reshape(-1).to(self.device)
+        sequence = unknown if sequences is None else sequences.reshape(-1).to(self.device)
+        return torch.stack([position == 0, sequence, position], dim=1).double()
+
+    def _clean(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `x` with zeros for NaN and infinities, and which elements are finite.
+
+        On a CPU, where looking costs no wait, None stands for all of them.
+        """
+        if x.device.type == "cpu" and bool(torch.isfinite(x.sum(-1)).all()):
+            return x, None
+        valid = torch.isfinite(x)
+        self._nonfinite += torch.stack([x.isnan().sum(), x.isinf().sum()])
+        return torch.where(valid, x, 0), valid
+
+    def _add_channels(self, x: Tensor, valid: Tensor | None) -> None:
+        """Add a block to the channels' extremes and squares, and to the histogram."""
+        magnitude = x.abs()
+        torch.maximum(self._absmax, magnitude.amax(0), out=self._absmax)
+        self._squares += (x * x).sum(0)
+        self._counts += x.shape[0] if valid is None else valid.sum(0)
+        add_to_histogram(self._histogram, x, magnitude)
+
+    def _add_rows(self, rows: Tensor) -> None:
+        """Pool rows [rows, 9], or keep them one by one while they are among the top tokens."""
+        if self.operand == "input":
+            rows = torch.cat([self._top, rows])
+            rows = rows[rows[:, _ABSMAX].sort(descending=True, stable=True).indices]
+            self._top, rows = rows[:TOP_TOKENS], rows[TOP_TOKENS:]
+        first = rows[:, _FIRST, None]
+        split = torch.stack([rows[:, :5] * (1 - first), rows[:, :5] * first])
+        self._pooled = pool(torch.cat([self._pooled[:, None], split], dim=1))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A tensor's statistics as one float64 vector, which `row` and `errors` read on the host."""
+
+    vector: Tensor
+    formats: tuple[str, ...]
+    channels: int
+    tokens: int | None
+
+    def row(self) -> dict[str, Any]:
+        """Return the statistic columns of tables.PROFILE; what is undefined is None."""
+        values = self.vector.tolist()
+        row: dict[str, Any] = {
+            name: _finite(value) for name, value in zip(_SCALARS, values, strict=False)
+        }
+        row |= {name: int(row[name] or 0) for name in _COUNTS} | {"tokens": self.tokens}
+        if row["count"] == 0:
+            row |= dict.fromkeys(name for name in _SCALARS if name not in _COUNTS)
+        if row["kurtosis"] is not None:
+            row["excess_kurtosis"] = row["kurtosis"] - 3
+        row["max_over_median"] = _ratio(row["absmax"], row["abs_p50"])
+        row["max_over_rms"] = _ratio(row["absmax"], row.pop("rms"))
+        if self.tokens is None:
+            row["kurtosis_without_first_token"] = row["kurtosis_without_top_tokens"] = None
+        start = len(_SCALARS) + len(self.formats)
+        end = start + 3 * self.channels
+        row["top_channels"] = [
+            {"channel": int(channel), "absmax": absmax, "rms": rms}
+            for channel, absmax, rms in _triples(values[start:end])
+        ]
+        row["top_tokens"] = [
+            {"sequence": int(sequence), "position": int(position), "absmax": absmax, "text": None}
+            for sequence, position, absmax in _triples(values[end:])
+        ]
+        return row
+
+    def errors(self) -> dict[str, float]:
+        """Return squared quantization error over squared norm by format name; NaN for zeros."""
+        start = len(_SCALARS)
+        values = self.vector[start : start + len(self.formats)].tolist()
+        return dict(zip(self.formats, values, strict=True))
+
+    def error_rows(self) -> list[dict[str, Any]]:
+        """Return the columns `format`, `relative_error` and `sqnr_db` of tables.ERRORS."""
+        return [
+            {
+                "format": name,
+                "relative_error": _finite(error),
+                "sqnr_db": -10 * math.log10(error) if error > 0 else None,
+            }
+            for name, error in self.errors().items()
+        ]
+
+
+def to_host(summaries: Sequence[Summary]) -> list[Summary]:
+    """Bring summaries to the host in one transfer per device."""
+    vectors = fetch([summary.vector for summary in summaries])
+    return [replace(s, vector=vector) for s, vector in zip(summaries, vectors, strict=True)]
+
+
+def fetch(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Bring vectors of one dtype to the host in one transfer per device, in their order."""
+    on_host: dict[int, Tensor] = {}
+    for device in {vector.device for vector in vectors}:
+        here = [i for i, vector in enumerate(vectors) if vector.device == device]
+        flat = torch.cat([vectors[i] for i in here]).cpu()
+        parts = torch.split(flat, [vectors[i].numel() for i in here])
+        on_host |= dict(zip(here, parts, strict=True))
+    return [on_host[i] for i in range(len(vectors))]
+
+
+def tensor_stats(tensor: Tensor, formats: Iterable[Format] = ()) -> dict[str, Any]:
+    """Return the statistic columns of tables.PROFILE for one tensor [..., in_features].
+
+    Each format name that applies to a weight is a key too, with the relative quantization error.
+    """
+    found = TensorStats(
+        tensor.shape[-1], operand="weight", formats=tuple(formats), device=tensor.device
+    )
+    found.update(tensor)
+    summary = found.summary()
+    return summary.row() | summary.errors()
+
+
+def _squared_error(x: Tensor, fmt: Format) -> Tensor:
+    """Return the summed squared quantization error of `x`, float64."""
+    if not fmt.is_quantized:
+        return x.new_zeros((), dtype=torch.float64)
+    return (quantize_dequantize(x, fmt) - x).square_().sum(-1).sum(dtype=torch.float64)
+
+
+def _triples(values: Sequence[float]) -> Iterable[tuple[float, float, float]]:
+    return zip(values[::3], values[1::3], values[2::3], strict=True)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _ratio(value: float | None, unit: float | None) -> float | None:
+    return value / unit if value is not None and unit else None

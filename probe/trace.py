@@ -1,0 +1,113 @@
+"""Forward passes under nnsight: every watched linear's input and output, as they are computed.
+
+The one module that imports nnsight. A `Tracer` wraps a model for a `with` block and leaves it as it
+was: nnsight's controllers come off again, so that the model can be exported and pickled. Reads in a
+trace must follow the order of execution, which one pass with plain hooks finds out.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Watcher(Protocol):
+    """What a trace calls, in the order of execution."""
+
+    def on_input(self, name: str, x: Tensor) -> Tensor | None:
+        """See a module's input; return a tensor to put in its place, or None."""
+
+    def on_output(self, name: str, y: Tensor) -> None:
+        """See a module's output."""
+
+
+class Tracer:
+    """Runs a model while a watcher sees the inputs and outputs of its named modules.
+
+    `repeated` holds the modules that run more than once in a pass: only their first call is seen.
+    """
+
+    def __init__(self, wrapped: Any, names: list[str], *, every_pass: bool) -> None:
+        self._wrapped = wrapped
+        self._names = names
+        self._every_pass = every_pass
+        self._order: list[str] | None = None
+        self.repeated: tuple[str, ...] = ()
+
+    def run(self, ids: Tensor, watcher: Watcher) -> Any:
+        """Run token ids [sequences, tokens] through the model and return its output."""
+        from nnsight import save
+
+        if self._order is None or self._every_pass:
+            self._order, self.repeated = execution_order(self._wrapped._module, self._names, ids)
+        envoys = [(name, self._wrapped.get(name)) for name in self._order]
+        with self._wrapped.trace(input_ids=ids, **_no_cache(self._wrapped._module)):
+            for name, envoy in envoys:
+                replacement = watcher.on_input(name, envoy.input)
+                if replacement is not None:
+                    envoy.input = replacement
+                watcher.on_output(name, envoy.output)
+            output = save(self._wrapped.output)
+        return output
+
+
+def _no_cache(model: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+@contextlib.contextmanager
+def traced(model: nn.Module, names: list[str], *, every_pass: bool = False) -> Iterator[Tracer]:
+    """Wrap a model for the block. `every_pass`: which modules run depends on the tokens."""
+    with _plain_argv():
+        import nnsight
+    try:
+        yield Tracer(nnsight.NNsight(model), names, every_pass=every_pass)
+    finally:
+        _unwrap(model)
+
+
+@contextlib.contextmanager
+def _plain_argv() -> Iterator[None]:
+    """Hide the command line: nnsight takes -v and -d in it for its own when it is imported."""
+    argv = sys.argv
+    sys.argv = argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+
+
+def _unwrap(model: nn.Module) -> None:
+    from nnsight.intervention.source import STATE, Controller
+
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Controller):
+            del module.__dict__["forward"]
+        module.__dict__.pop(STATE, None)
+
+
+@torch.no_grad()
+def execution_order(
+    model: nn.Module, names: list[str], ids: Tensor
+) -> tuple[list[str], tuple[str, ...]]:
+    """Return the named modules in the order of their first calls, and those called again.
+
+    ids: [sequences, tokens]; modules that are not called are in neither.
+    """
+    calls: Counter[str] = Counter()
+
+    def counter(name: str) -> Callable[..., None]:
+        return lambda *_: calls.update((name,))
+
+    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(counter(name)) for name in names]
+    try:
+        model(input_ids=ids, **_no_cache(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(calls), tuple(name for name, count in calls.items() if count > 1)

@@ -1,0 +1,100 @@
+"""The arms: the trainings whose losses a verdict compares, one row each.
+
+An arm is a name and a function from the plan to the formats of the sites it quantizes; every other
+site stays in bf16. `4` in a name stands for the lowest-bit format that the plan was allowed, so
+that the same arms serve a plan made from 2-bit or 6-bit formats; which formats they are is in each
+arm's record. Arms whose formats come out equal (a plan that keeps every weight at 4 bits has its
+weights in common with w4a16) are one training.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bitplan.errors import BitplanError, PlanError
+from bitplan.formats import DEFAULT_LOW, Format, Operand, parse_format
+from bitplan.planner.plan import Plan
+from bitplan.sites import OPERANDS, Site
+
+Formats = Mapping[Site, Format]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: its name, the formats it trains under, and what it is for."""
+
+    name: str
+    formats: Callable[[Plan], Formats]
+    meaning: str
+
+
+def lowest(plan: Plan, operand: Operand) -> Format:
+    """Return the format of the fewest bits that the plan could give an operand.
+
+    Raises PlanError where it could give none but bf16.
+    """
+    allowed = [parse_format(name) for name in plan.formats]
+    allowed += [choice.format for choice in plan.sites if choice.operand == operand]
+    fitting = [fmt for fmt in allowed if fmt.is_quantized and fmt.applies_to(operand)]
+    if not fitting:
+        raise PlanError(
+            f"no format of the plan quantizes {operand}s (it may use: "
+            f"{', '.join(plan.formats) or 'none'}): plan again with --formats {DEFAULT_LOW},..."
+        )
+    return min(fitting, key=lambda fmt: fmt.bits)  # the first of equals
+
+
+def _uniform(*operands: Operand) -> Callable[[Plan], Formats]:
+    """Every planned site of the operands at the lowest format."""
+
+    def formats(plan: Plan) -> Formats:
+        chosen = {operand: lowest(plan, operand) for operand in operands}
+        return {
+            site: chosen[site.operand]
+            for site, fmt, planned in _sites(plan)
+            if site.operand in chosen and (planned or fmt.is_quantized)
+        }
+
+    return formats
+
+
+def _chosen(*operands: Operand) -> Callable[[Plan], Formats]:
+    """Every site of the operands at the plan's own format."""
+
+    def formats(plan: Plan) -> Formats:
+        return {
+            site: fmt
+            for site, fmt, _ in _sites(plan)
+            if site.operand in operands and fmt.is_quantized
+        }
+
+    return formats
+
+
+def _sites(plan: Plan) -> list[tuple[Site, Format, bool]]:
+    return [(Site.parse(choice.site), choice.format, choice.planned) for choice in plan.sites]
+
+
+BASELINE = "bf16"
+_ROWS = (
+    Arm(BASELINE, _chosen(), "nothing quantized: what every delta is measured from"),
+    Arm("w4a16", _uniform("weight"), "weights at the lowest format"),
+    Arm("w16a4", _uniform("input"), "inputs at the lowest format"),
+    Arm("w4a4", _uniform("weight", "input"), "both at the lowest format"),
+    Arm("planned", _chosen(*OPERANDS), "the plan"),
+    Arm("planned-weights", _chosen("weight"), "the plan's weights alone"),
+    Arm("planned-inputs", _chosen("input"), "the plan's inputs alone"),
+)
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _ROWS}
+
+# R is the delta of the first arm over that of the second.
+RATIOS = {"before": ("w16a4", "w4a16"), "after": ("planned-inputs", "planned-weights")}
+
+
+def select_arms(names: tuple[str, ...]) -> tuple[Arm, ...]:
+    """Return the named arms in the table's order; of no names, all.
+
+    Raises BitplanError for a name that is not in the table.
+    """
+    if unknown := [name for name in names if name not in ARMS]:
+        raise BitplanError(f"no arm {', '.join(unknown)}: the arms are {', '.join(ARMS)}")
+    return tuple(arm for arm in _ROWS if not names or arm.name in names)

@@ -1,0 +1,77 @@
+"""What an arm leaves behind: arms/<arm>/seed-<k>/, read and written here alone.
+
+    metrics.parquet   a row per step (tables.METRICS)
+    stats.parquet     statistics recorded during training (tables.PROFILE)
+    heldout.parquet   final loss of each held-out sequence (tables.HELDOUT)
+    record.json       configuration, its hash, losses, hashes, time; written last
+    state.pt          a training under way; gone when it ends
+
+An arm is finished when its record is there with the hash of the configuration that is asked for.
+The hash covers whatever changes the numbers and nothing else, not the arm's name either, so that
+two arms of equal formats share one training.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan.rundir import RunDir, content_hash, write_atomic
+
+METRICS_FILE = "metrics.parquet"
+STATS_FILE = "stats.parquet"
+HELDOUT_FILE = "heldout.parquet"
+RECORD_FILE = "record.json"
+STATE_FILE = "state.pt"
+TABLE_FILES = (METRICS_FILE, STATS_FILE, HELDOUT_FILE)
+
+
+def arm_dir(arm: str, seed: int) -> str:
+    """Return the arm's directory, relative to the run directory."""
+    return f"arms/{arm}/seed-{seed}"
+
+
+def arm_files(arm: str, seed: int) -> list[str]:
+    """Return the files of a finished arm, relative to the run directory."""
+    return [f"{arm_dir(arm, seed)}/{name}" for name in (*TABLE_FILES, RECORD_FILE)]
+
+
+def finished(run: RunDir, arm: str, seed: int, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record of an arm that was trained under exactly this configuration, or None."""
+    if not all((run.path / name).is_file() for name in arm_files(arm, seed)):
+        return None
+    record = run.read_json(f"{arm_dir(arm, seed)}/{RECORD_FILE}")
+    if not isinstance(record, dict) or record.get("config_hash") != content_hash(config):
+        return None
+    return record
+
+
+def copy_arm(run: RunDir, record: Mapping[str, Any], arm: str) -> None:
+    """Give `arm` the results of another whose configuration is the same; `same_as` names it."""
+    source, seed = record["arm"], record["seed"]
+    for name in TABLE_FILES:
+        content = (run.path / arm_dir(source, seed) / name).read_bytes()
+        _write(run.path / arm_dir(arm, seed) / name, content)
+    run.write_json(f"{arm_dir(arm, seed)}/{RECORD_FILE}", {**record, "arm": arm, "same_as": source})
+    clean(run, arm, seed)
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomic(path, lambda file: file.write(content))
+
+
+def heldout_losses(run: RunDir, arm: str, seed: int) -> npt.NDArray[np.float64]:
+    """Return a finished arm's losses, [sequence], nats per token."""
+    frame = run.read_table(f"{arm_dir(arm, seed)}/{HELDOUT_FILE}").sort("sequence")
+    losses: npt.NDArray[np.float64] = frame["loss"].to_numpy()
+    return losses
+
+
+def clean(run: RunDir, arm: str, seed: int) -> None:
+    """Remove the state of a training under way, and what a killed process left half-written."""
+    directory = run.path / arm_dir(arm, seed)
+    (directory / STATE_FILE).unlink(missing_ok=True)
+    for left in directory.glob(".*.tmp"):
+        left.unlink(missing_ok=True)

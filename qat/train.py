@@ -1,0 +1,367 @@
+"""One arm: some steps of training from the checkpoint under its formats, then the held-out loss.
+
+The paper's recipe (arXiv 2505.14302, section 4): AdamW (0.9, 0.95), weight decay 0.1 on matrices,
+gradients clipped to norm 1, a short warmup, then a cosine to a tenth of the peak. All arms share
+the recipe, the initial weights and, for a seed, the batches in their order and the dropout masks;
+only the formats differ. Accelerate runs it: bf16 autocast on GPUs, where several processes share
+each batch, and float32 on CPUs, where the same numbers count more than speed: autocast took two
+thirds of the time on a CPU with bf16 instructions, which many lack.
+
+A step depends on the weights, the optimizer's state and its own index alone. So a state written
+every minute is enough to go on after a kill with the very losses an uninterrupted run would have.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitplan.errors import RunError, TrainingError
+from bitplan.probe.modules import find_linears
+from bitplan.probe.recorder import Recorder
+from bitplan.progress import track
+from bitplan.qat import record as files
+from bitplan.qat.arms import Formats
+from bitplan.qat.convert import convert
+from bitplan.rundir import RunDir, content_hash, write_atomic
+from bitplan.tables import HELDOUT, METRICS, PROFILE
+
+SAVE_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How every arm is trained."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    """Peak learning rate."""
+    final_lr_share: float = 0.1
+    warmup_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """Applied to parameters of two dimensions or more."""
+    clip_norm: float = 1.0
+    records: int = 2
+    """How often statistics are recorded: half way and at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One arm and seed: what to train, on what, and the configuration that identifies it."""
+
+    arm: str
+    seed: int
+    formats: Formats
+    recipe: Recipe
+    train: Tensor
+    """[steps * batch_size, seq_len] token ids, in the order of training."""
+    heldout: Tensor
+    """[sequences, seq_len] token ids."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """Hashes of checkpoint and text, device: whatever else the numbers depend on."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the result depends on, as a JSON value; the arm's name is no part of it."""
+        return {
+            "recipe": {**asdict(self.recipe), "betas": list(self.recipe.betas)},
+            "seed": self.seed,
+            "formats": {str(site): str(fmt) for site, fmt in self.formats.items()},
+            **self.context,
+        }
+
+
+def make_accelerator(device: torch.device) -> Accelerator:
+    """Return the Accelerator for a device: bf16 autocast on CUDA, float32 elsewhere."""
+    precision = "bf16" if device.type == "cuda" else "no"
+    # Accelerate takes a device of the user's choice from the environment only.
+    chosen = {} if device.index is None else {"ACCELERATE_TORCH_DEVICE": str(device)}
+    with patch_environment(**chosen):
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Return the rate of step `step`, from 0: linear warmup, then a cosine to the final share."""
+    warmup = max(1, round(recipe.warmup_share * recipe.steps))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    final = recipe.final_lr_share
+    return recipe.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return each sequence's mean next-token loss, [sequence], nats; ids: [sequence, seq_len]."""
+    logits = model(input_ids=ids).logits.float()
+    # The last position has no next token. Ignoring it costs less than slicing it off: the logits
+    # are the largest tensor of small models.
+    following = F.pad(ids[:, 1:], (0, 1), value=-100)
+    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+    return losses.view(ids.shape).sum(1) / (ids.shape[1] - 1)
+
+
+def train_arm(
+    run: RunDir,
+    model: nn.Module,
+    job: Job,
+    accelerator: Accelerator,
+    *,
+    save_every_s: float = SAVE_EVERY_S,
+) -> dict[str, Any]:
+    """Train a copy of `model` as the job says, write the arm's files, and return its record.
+
+    Goes on from the state of an interrupted training of the same job. Raises TrainingError where
+    the loss stops being finite and where memory runs out; the last state stays in place.
+    """
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _memory(job):
+        training = _Training(run, model, job, accelerator)
+        try:
+            # Entered before the weights move: drift is told from those of the checkpoint.
+            with training.recorder:
+                training.resume()
+                training.run(save_every_s)
+                return training.finish()
+        finally:
+            accelerator.free_memory()
+
+
+@contextlib.contextmanager
+def _memory(job: Job) -> Iterator[None]:
+    """Turn running out of memory into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        size = job.recipe.batch_size
+        advice = f"--batch-size {size // 2}" if size > 1 else f"--seq-len {job.recipe.seq_len // 2}"
+        raise TrainingError(
+            f"arm {job.arm}, seed {job.seed}: out of memory with {size} sequences of "
+            f"{job.recipe.seq_len} tokens a step: try {advice}"
+        ) from error
+
+
+class _Training:
+    """The moving parts of one arm: model, optimizer, and the rows written so far."""
+
+    def __init__(self, run: RunDir, model: nn.Module, job: Job, accelerator: Accelerator) -> None:
+        self.directory = run
+        self.job = job
+        self.accelerator = accelerator
+        self.path = run.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE
+        self.config_hash = content_hash(job.config)
+        plain = copy.deepcopy(model)
+        if (config := getattr(plain, "config", None)) is not None:
+            config.use_cache = False  # keys and values are for generation; here they cost memory
+        self.sites = len(convert(plain, job.formats).converted)
+        self.model, self.optimizer = accelerator.prepare(plain, _optimizer(plain, job.recipe))
+        self.plain: nn.Module = accelerator.unwrap_model(self.model)
+        self.step = 0
+        self.metrics: list[dict[str, float]] = []
+        every = max(1, job.recipe.steps // job.recipe.records)
+        self.recorder = Recorder(self.plain, every, drift=True)
+        self.earlier = PROFILE.frame([])  # statistics from before an interruption
+        self.start = time.monotonic()
+
+    @property
+    def stats(self) -> pl.DataFrame:
+        """Statistics recorded so far, the columns of tables.PROFILE."""
+        return pl.concat([self.earlier, self.recorder.frame()])
+
+    @property
+    def seconds(self) -> float:
+        """Time since the arm started, interruptions left out."""
+        return time.monotonic() - self.start
+
+    def run(self, save_every_s: float) -> None:
+        """Take the steps that are left."""
+        recipe, saved = self.job.recipe, time.monotonic()
+        label = f"{self.job.arm}, seed {self.job.seed}"
+        for step in track(range(self.step, recipe.steps), label):
+            self.take_step(step)
+            if time.monotonic() - saved >= save_every_s and self.step < recipe.steps:
+                self.save()
+                saved = time.monotonic()
+
+    def take_step(self, step: int) -> None:
+        """Train on one batch; every process takes its share of the rows."""
+        recipe, lr = self.job.recipe, learning_rate(step, self.job.recipe)
+        # The index alone decides about dropout: arms share their masks, and a resumed run has them.
+        torch.manual_seed(self.job.seed * 1_000_003 + step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rows = self.job.train[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        batch = share.to(self.accelerator.device)
+        self.model.train()
+        loss = sequence_losses(self.model, batch).mean()
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        if not math.isfinite(value) or not math.isfinite(float(norm)):
+            self.fail(step, value, batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.recorder.step()
+        self.step = step + 1
+        self.metrics.append(
+            {
+                "step": self.step,
+                "tokens": self.step * rows.numel(),
+                "loss": value,
+                "lr": lr,
+                "grad_norm": float(norm),
+                "seconds": self.seconds,
+            }
+        )
+
+    def fail(self, step: int, loss: float, batch: Tensor) -> None:
+        """Raise TrainingError that names the first site which is not finite."""
+        site = _first_non_finite(self.plain, batch)
+        raise TrainingError(
+            f"arm {self.job.arm}, seed {self.job.seed}: the loss is {loss} at step {step + 1} of "
+            f"{self.job.recipe.steps}; first site that is not finite: "
+            f"{site or 'none, the gradient is'}; lower --lr (now {self.job.recipe.lr:g})"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> list[float]:
+        """Return the held-out sequences' losses, in order."""
+        self.plain.eval()
+        batches = torch.split(self.job.heldout, self.job.recipe.batch_size)
+        losses = [
+            sequence_losses(self.plain, ids.to(self.accelerator.device)).cpu()
+            for ids in track(batches, f"{self.job.arm}, seed {self.job.seed}, held-out text")
+        ]
+        return [float(loss) for loss in torch.cat(losses)]
+
+    def save(self) -> None:
+        """Write the state from which `resume` goes on."""
+        if not self.accelerator.is_main_process:
+            return
+        buffer = io.BytesIO()
+        self.stats.write_parquet(buffer)
+        state = {
+            "config_hash": self.config_hash,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "metrics": self.metrics,
+            "stats": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8),
+        }
+        write_atomic(self.path, lambda file: torch.save(state, file))
+
+    def resume(self) -> None:
+        """Go on from the state of an interrupted training of this job, if there is one."""
+        state = _read_state(self.path)
+        if state is None or state["config_hash"] != self.config_hash:
+            return
+        self.plain.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.start = time.monotonic() - state["seconds"]
+        self.metrics = state["metrics"]
+        self.recorder.steps = self.step
+        self.earlier = pl.read_parquet(io.BytesIO(state["stats"].numpy().tobytes()))
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, write the arm's files, the record last, and return the record."""
+        job, recipe = self.job, self.job.recipe
+        losses = self.evaluate()
+        if not all(map(math.isfinite, losses)):
+            self.fail(recipe.steps - 1, math.nan, job.heldout[: recipe.batch_size])
+        record = {
+            "schema": self.directory.manifest["schema"],
+            "arm": job.arm,
+            "seed": job.seed,
+            "same_as": None,
+            "config_hash": self.config_hash,
+            "config": job.config,
+            "steps": recipe.steps,
+            "tokens": recipe.steps * recipe.batch_size * recipe.seq_len,
+            "num_quantized_sites": self.sites,
+            "loss": {
+                "heldout": sum(losses) / len(losses),
+                "train_last": self.metrics[-1]["loss"],
+            },
+            "seconds": self.seconds,
+            "provenance": self.directory.provenance(),
+        }
+        if self.accelerator.is_main_process:
+            place = files.arm_dir(job.arm, job.seed)
+            heldout = [{"sequence": i, "loss": loss} for i, loss in enumerate(losses)]
+            write = self.directory.write_table
+            write(f"{place}/{files.METRICS_FILE}", METRICS.frame(self.metrics))
+            write(f"{place}/{files.STATS_FILE}", self.stats)
+            write(f"{place}/{files.HELDOUT_FILE}", HELDOUT.frame(heldout))
+            self.directory.write_json(f"{place}/{files.RECORD_FILE}", record)
+            files.clean(self.directory, job.arm, job.seed)
+        self.accelerator.wait_for_everyone()
+        return record
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return AdamW over all parameters, with weight decay on the matrices alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its unpickler meets: any of many classes
+        raise RunError(
+            f"{path} cannot be read ({error}): delete it to start this arm anew"
+        ) from error
+    return state
+
+
+@torch.no_grad()
+def _first_non_finite(model: nn.Module, batch: Tensor) -> str | None:
+    """Return the first site, in the order of the forward pass, that holds a NaN or an infinity."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            if not found and not torch.isfinite(module.weight).all():
+                found.append(f"{name}:weight")
+            if not found and args[0].is_floating_point() and not torch.isfinite(args[0]).all():
+                found.append(f"{name}:input")
+
+        return hook
+
+    handles = [
+        item.module.register_forward_pre_hook(look(item.linear.module))
+        for item in find_linears(model)
+    ]
+    try:
+        model.eval()
+        model(input_ids=batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -1,0 +1,279 @@
+"""`bitplan verify`: train the plan's arms from the checkpoint, and say whether the errors converge.
+
+A shell around three pieces: arms.py says what to train, train.py trains one, verdict.py turns the
+held-out losses into words. Everything on disk goes through the run directory. An arm that is
+finished under the same configuration is never trained again, whatever was asked in between: a
+killed verify goes on, `--arms` may be given in portions, and a new plan costs only its own arms.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bitplan.errors import BitplanError, CheckpointError, PlanError
+from bitplan.options import VerifyOptions
+from bitplan.planner.plan import Plan, read_plan
+from bitplan.probe.checkpoint import Checkpoint, load_checkpoint, resolve_device
+from bitplan.probe.text import Corpus, load_text, tokenize
+from bitplan.qat import record as files
+from bitplan.qat import verdict as arithmetic
+from bitplan.qat.arms import ARMS, BASELINE, RATIOS, Arm, select_arms
+from bitplan.qat.result import VERDICT_FILE, ArmResult, Verdict, sentence
+from bitplan.qat.train import Job, Recipe, make_accelerator, train_arm
+from bitplan.qat.verdict import Interval
+from bitplan.rundir import RunDir, content_hash
+
+STAGE = "verify"
+
+
+def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
+    """Train the arms of RUN/plan.json that are not finished, and write RUN/verdict.json.
+
+    Raises PlanError where the plan is for another checkpoint, DataError where the text is too
+    short, TrainingError where a training cannot go on; arms finished until then stay.
+    """
+    arms = select_arms(options.arms)
+    recipe = _recipe(options)
+    device = resolve_device(options.device)
+    directory = RunDir.open(run)
+    with directory.lock():
+        plan = read_plan(directory)
+        model = _checked_model(directory, plan)
+        corpus = load_text(options.data)
+        asked = {
+            **asdict(options),
+            "device": str(device),
+            "plan": content_hash(plan.as_json()),
+            "model": model["content_hash"],
+            "text": corpus.content_hash,
+        }
+        if directory.is_done(STAGE, asked):
+            found = Verdict.from_json(directory.read_json(VERDICT_FILE))
+            return replace(found, run=str(run), up_to_date=True)
+        checkpoint = _load(model, options, recipe)
+        jobs = _jobs(plan, checkpoint, corpus, recipe, options, str(device))
+        _train(directory, checkpoint, jobs, arms, make_accelerator(device))
+        verdict = _judge(directory, plan, jobs, checkpoint, corpus)
+        directory.write_json(VERDICT_FILE, verdict.as_json())
+        written = [
+            name
+            for arm in verdict.arms
+            for k in range(options.seeds)
+            for name in files.arm_files(arm.name, options.seed + k)
+        ]
+        directory.finish(STAGE, asked, [VERDICT_FILE, *written])
+    return replace(verdict, run=str(run))
+
+
+def _recipe(options: VerifyOptions) -> Recipe:
+    """Return the recipe the options spell; raise BitplanError where they contradict each other."""
+    if options.steps is not None and options.tokens is not None:
+        raise BitplanError(
+            f"--steps {options.steps} and --tokens {options.tokens} both say how long to train: "
+            "give one of them"
+        )
+    if not options.lr > 0:
+        raise BitplanError(f"--lr {options.lr:g}: a learning rate is above 0")
+    step_tokens = options.batch_size * options.seq_len
+    steps = options.steps or -(-(options.tokens or options.DEFAULT_TOKENS) // step_tokens)
+    return Recipe(
+        steps=steps, batch_size=options.batch_size, seq_len=options.seq_len, lr=options.lr
+    )
+
+
+def _checked_model(directory: RunDir, plan: Plan) -> Mapping[str, Any]:
+    """Return the manifest's `model`; raise PlanError where the plan was made for another."""
+    model: Mapping[str, Any] = directory.manifest.get("model") or {}
+    made_for = (plan.provenance.get("model") or {}).get("content_hash")
+    if made_for is None or made_for != model.get("content_hash"):
+        raise PlanError(
+            f"the plan was made for another checkpoint: plan {str(made_for)[:8]}, "
+            f"this run {str(model.get('content_hash'))[:8]}; run `bitplan plan {directory.path}`"
+        )
+    return model
+
+
+def _load(model: Mapping[str, Any], options: VerifyOptions, recipe: Recipe) -> Checkpoint:
+    """Load the run's checkpoint and check that it is still the one, and can be trained so."""
+    checkpoint = load_checkpoint(
+        model["source"], device="cpu", trust_remote_code=options.trust_remote_code
+    )
+    if checkpoint.content_hash != model["content_hash"]:
+        raise PlanError(
+            f"{model['source']} has changed since it was profiled: then "
+            f"{model['content_hash'][:8]}, now {checkpoint.content_hash[:8]}; "
+            "profile it into a new directory and plan again"
+        )
+    if not checkpoint.has_loss:
+        raise CheckpointError(
+            f"{model['source']} ({type(checkpoint.model).__name__}) predicts no next token: "
+            "verify trains causal language models"
+        )
+    config: Any = checkpoint.model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and recipe.seq_len > limit:
+        raise BitplanError(
+            f"--seq-len {recipe.seq_len} is more than the {limit} positions of {model['source']}"
+        )
+    return checkpoint
+
+
+def _jobs(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    recipe: Recipe,
+    options: VerifyOptions,
+    device: str,
+) -> dict[str, list[Job]]:
+    """Return every arm's jobs, one per seed; seeds differ in their batches, arms do not."""
+    tokens = recipe.steps * recipe.batch_size * recipe.seq_len
+
+    def ids(split: Any, count: int, seed: int) -> Tensor:
+        return tokenize(
+            corpus, checkpoint.tokenizer, split, tokens=count, seq_len=recipe.seq_len, seed=seed
+        )
+
+    # One seed for all, and not the first of the seeds: more seeds later meet the same text.
+    heldout = ids("heldout", options.eval_tokens, 0)
+    seeds = range(options.seed, options.seed + options.seeds)
+    train = {seed: ids("train", tokens, seed) for seed in seeds}
+    return {
+        arm.name: [
+            Job(
+                arm=arm.name,
+                seed=seed,
+                formats=arm.formats(plan),
+                recipe=recipe,
+                train=train[seed],
+                heldout=heldout,
+                context={
+                    "model": checkpoint.content_hash,
+                    "train": _hash(train[seed]),
+                    "heldout": _hash(heldout),
+                    "device": device.partition(":")[0],
+                },
+            )
+            for seed in seeds
+        ]
+        for arm in ARMS.values()
+    }
+
+
+def _hash(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+
+
+def _train(
+    directory: RunDir,
+    checkpoint: Checkpoint,
+    jobs: Mapping[str, list[Job]],
+    arms: tuple[Arm, ...],
+    accelerator: Any,
+) -> None:
+    """Train what is not finished, seed by seed; arms of equal configurations once."""
+    for k in range(len(jobs[BASELINE])):
+        for arm in arms:
+            job = jobs[arm.name][k]
+            if files.finished(directory, job.arm, job.seed, job.config) is not None:
+                continue
+            twins = (name for name in jobs if jobs[name][k].config == job.config)
+            records = (files.finished(directory, name, job.seed, job.config) for name in twins)
+            if (record := next(filter(None, records), None)) is not None:
+                files.copy_arm(directory, record, job.arm)
+            else:
+                train_arm(directory, checkpoint.model, job, accelerator)
+
+
+def _judge(
+    directory: RunDir,
+    plan: Plan,
+    jobs: Mapping[str, list[Job]],
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+) -> Verdict:
+    """Compare the arms that are finished for every seed."""
+    records = {
+        name: [files.finished(directory, job.arm, job.seed, job.config) for job in of_arm]
+        for name, of_arm in jobs.items()
+    }
+    done = {name: [r for r in found if r] for name, found in records.items() if all(found)}
+    losses = {
+        name: np.stack([files.heldout_losses(directory, name, job.seed) for job in jobs[name]])
+        for name in done
+    }
+    paired = arithmetic.differences(losses, BASELINE) if BASELINE in losses else {}
+    ratios = {
+        name: arithmetic.ratio(paired[top], paired[bottom])
+        if top in paired and bottom in paired
+        else Interval(None, None, None)
+        for name, (top, bottom) in RATIOS.items()
+    }
+    job = jobs[BASELINE][0]
+    word = arithmetic.decide(ratios["after"])
+    wanted = {BASELINE, *RATIOS["after"]} - set(done)
+    missing = tuple(name for name in ARMS if name in wanted)
+    needed = None
+    if word == "undetermined" and not missing:
+        top, bottom = RATIOS["after"]
+        needed = arithmetic.needed(paired[top], paired[bottom])
+    more = None
+    if needed is not None:
+        tokens = needed.sequences * job.heldout.shape[1]
+        more = {"seeds": needed.seeds, "heldout_tokens": tokens}
+    seeds = len(jobs[BASELINE])
+    return Verdict(
+        verdict=word,
+        sentence=sentence(word, ratios, missing, more, seeds),
+        before=ratios["before"],
+        after=ratios["after"],
+        arms=tuple(
+            ArmResult(
+                name=name,
+                formats=_formats_text(plan, ARMS[name]),
+                loss=float(losses[name].mean()),
+                delta=arithmetic.delta(paired[name]) if paired else None,
+                seeds=seeds,
+                same_as=done[name][0]["same_as"],
+            )
+            for name in ARMS
+            if name in done
+        ),
+        missing=tuple(name for name in ARMS if name not in done),
+        seeds=seeds,
+        tokens=job.train.numel(),
+        heldout_tokens=job.heldout.numel(),
+        noise=arithmetic.noise(paired),
+        needed=more,
+        notes=_notes(seeds, checkpoint, corpus),
+        plan_id=plan.plan_id,
+        provenance=directory.provenance()
+        | {"text": {"source": corpus.source, "content_hash": corpus.content_hash}},
+    )
+
+
+def _formats_text(plan: Plan, arm: Arm) -> str:
+    """Return an arm's formats with the number of sites of each, `24 int4-g128, 4 int8-g128`."""
+    formats = list(arm.formats(plan).values())
+    if not formats:
+        return "none"
+    counts = {str(fmt): formats.count(fmt) for fmt in sorted(set(formats))}
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _notes(seeds: int, checkpoint: Checkpoint, corpus: Corpus) -> tuple[str, ...]:
+    notes = []
+    if seeds == 1:
+        notes.append(
+            "One seed: the intervals count the noise of the held-out text alone, not of training."
+        )
+    if checkpoint.weights_note:
+        notes.append(
+            f"The checkpoint's {checkpoint.weights_note}: what the weights cost is on top of that."
+        )
+    return (*notes, *corpus.notes)

@@ -1,0 +1,340 @@
+"""`bitplan plan` from the tables on disk to the files and the words it leaves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+from bitplan.cli import main
+from bitplan.formats import BF16, parse_format
+from bitplan.options import PlanOptions
+from bitplan.planner.plan import Plan
+from bitplan.planner.stage import PlanResult, make_plan
+
+FORMATS = ("int4-g128", "int8-g128")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
+
+
+@pytest.fixture
+def run(tables: Callable[..., Any], tmp_path: Path) -> Path:
+    return tables(3).write(tmp_path / "run")
+
+
+def formats(plan: Plan, operand: str) -> set[str]:
+    return {str(c.format) for c in plan.sites if c.planned and c.operand == operand}
+
+
+def test_without_options_it_spends_what_fc2_spends(run: Path) -> None:
+    made = make_plan(run, PlanOptions())
+    fc2 = make_plan(run, PlanOptions(rule="fc2"))
+    mine, rule = made.plan.predicted, fc2.plan.predicted
+    assert made.plan.made_by == "optimal"
+    assert made.plan.budget["input_bits"] == rule.input_bits
+    assert made.plan.budget["weight_bits"] == rule.weight_bits
+    assert mine.input_bits is not None
+    assert rule.input_bits is not None
+    assert mine.input_bits <= rule.input_bits * (1 + 1e-9)
+    assert mine.objective <= rule.objective
+    assert formats(made.plan, "weight") == {"int4-g128"}
+    assert "no budget was asked for inputs" in made.as_text()
+    assert made.plan.optimality_gap == 0.0
+    assert fc2.plan.optimality_gap is None
+
+
+def test_predictions_are_the_sums_of_the_sites(run: Path) -> None:
+    plan = make_plan(run, PlanOptions(input_bits=5.0, weight_bits=4.8)).plan
+    sums = {
+        operand: sum(c.delta_loss or 0.0 for c in plan.sites if c.operand == operand)
+        for operand in ("weight", "input")
+    }
+    p = plan.predicted
+    assert p.delta_loss_weights == pytest.approx(sums["weight"])
+    assert p.delta_loss_inputs == pytest.approx(sums["input"])
+    assert p.delta_loss == pytest.approx(sums["weight"] + sums["input"])
+    assert pytest.approx(sums["input"] / sums["weight"]) == p.R
+    for choice in plan.sites:
+        if not choice.planned:
+            assert choice.format == BF16
+            assert choice.forced == "role"
+
+
+def test_fused_sites_share_a_format_and_roles_do_when_asked(run: Path) -> None:
+    plan = make_plan(run, PlanOptions(input_bits=5.0, weight_bits=5.0)).plan
+    found = plan.assignment
+    for block in range(3):
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        ):
+            for operand in ("weight", "input"):
+                assert len({found[f"model.layers.{block}.{n}:{operand}"] for n in names}) == 1
+    plan = make_plan(run, PlanOptions(input_bits=5.0, weight_bits=5.0, per_role=True)).plan
+    chosen: dict[tuple[str, str], set[str]] = {}
+    for choice in plan.sites:
+        chosen.setdefault((choice.role, choice.operand), set()).add(str(choice.format))
+    assert all(len(found) == 1 for found in chosen.values())
+
+
+def test_the_same_again_is_up_to_date_and_bit_for_bit_the_same(
+    run: Path, tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    first = make_plan(run, PlanOptions(input_bits=5.0))
+    texts = {name: (run / name).read_bytes() for name in ("plan.json", "frontier.parquet")}
+    again = make_plan(run, PlanOptions(input_bits=5.0))
+    assert (first.up_to_date, again.up_to_date) == (False, True)
+    assert again.plan == first.plan
+    assert again.frontier.equals(first.frontier)
+    assert again.as_text() == first.as_text().replace("wrote:", "up to date:")
+    twin = tables(3).write(tmp_path / "twin")
+    make_plan(twin, PlanOptions(input_bits=5.0))
+    assert {name: (twin / name).read_bytes() for name in texts} == texts
+
+
+def test_a_new_profile_makes_a_new_plan(run: Path, tables: Callable[..., Any]) -> None:
+    make_plan(run, PlanOptions())
+    tables(3, seed=1).write(run)
+    assert not make_plan(run, PlanOptions()).up_to_date
+
+
+def test_a_damaged_plan_is_made_again(run: Path) -> None:
+    first = make_plan(run, PlanOptions())
+    (run / "plan.json").write_text("{")
+    again = make_plan(run, PlanOptions())
+    assert not again.up_to_date
+    assert again.plan == first.plan
+
+
+def test_the_frontier_falls_and_holds_the_rules_and_the_plan(run: Path) -> None:
+    made = make_plan(run, PlanOptions(input_bits=5.0))
+    points = made.frontier.filter(pl.col("label") == "optimal")
+    assert len(points) >= 20
+    assert points["limit"].is_sorted()
+    assert (points["cost"] <= points["limit"] * (1 + 1e-9)).all()
+    assert points["delta_loss"].is_sorted(descending=True)
+    assert points["plan_id"].n_unique() > 3
+    labels = set(made.frontier["label"])
+    assert labels == {
+        "optimal",
+        "plan",
+        "uniform",
+        "uniform-8",
+        "fc2",
+        "first-last",
+        "kurtosis",
+        "sqnr",
+    }
+    mine = made.frontier.row(by_predicate=pl.col("label") == "plan", named=True)
+    assert mine["plan_id"] == made.plan.plan_id
+    assert mine["delta_loss"] == pytest.approx(made.plan.predicted.delta_loss)
+    # No rule lies below the frontier, where it keeps the frontier's limit on weights.
+    for name in ("uniform", "fc2", "kurtosis", "sqnr"):
+        rule = made.frontier.row(by_predicate=pl.col("label") == name, named=True)
+        dearer = points.filter(pl.col("limit") >= rule["cost"])
+        assert (dearer["delta_loss"] <= rule["delta_loss"] * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bit_ops": 3.5e6},
+        {"bytes": 80_000.0},
+        {"time": "H200=0.003", "formats": ("int4-g128", "int8-g128", "bf16")},
+        {"weight_bits": 5.0},
+    ],
+)
+def test_any_budget_makes_a_plan_and_a_frontier_over_itself(
+    tables: Callable[..., Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    run = tables(3).write(tmp_path / "run")
+    made = make_plan(run, PlanOptions(**options))
+    (name, value), *_ = [(k, v) for k, v in made.plan.budget.items() if k in options]
+    points = made.frontier.filter(pl.col("label") == "optimal")
+    assert set(made.frontier["budget"]) == {name}
+    assert points["delta_loss"].is_sorted(descending=True)
+    mine = made.frontier.row(by_predicate=pl.col("label") == "plan", named=True)
+    assert mine["cost"] <= value * (1 + 1e-9)
+    if name == "time":
+        assert made.plan.device == "H200"
+        assert made.plan.predicted.time_ms == pytest.approx(mine["cost"])
+
+
+def with_input_harm(tables: Callable[..., Any], factor: float) -> Any:
+    made = tables(3)
+    scale = pl.when(pl.col("site").str.ends_with(":input")).then(factor).otherwise(1.0)
+    made.sensitivity = made.sensitivity.with_columns(pl.col("delta_loss") * scale)
+    return made
+
+
+def test_converge_finds_the_fewest_input_bits(tables: Callable[..., Any], tmp_path: Path) -> None:
+    run = with_input_harm(tables, 20.0).write(tmp_path / "run")
+    made = make_plan(run, PlanOptions(converge=True))
+    p = made.plan.predicted
+    assert p.R is not None
+    assert p.input_bits is not None
+    assert p.R <= 1 + 1e-9
+    assert formats(made.plan, "weight") == {"int4-g128"}
+    assert formats(made.plan, "input") == set(FORMATS)
+    # With fewer input bits the least loss of the inputs is above that of the weights.
+    fewer = make_plan(run, PlanOptions(input_bits=p.input_bits - 1e-3)).plan.predicted
+    assert fewer.R is not None
+    assert fewer.R > 1
+
+
+def test_converge_says_when_it_cannot(tables: Callable[..., Any], tmp_path: Path) -> None:
+    run = with_input_harm(tables, 1e5).write(tmp_path / "run")
+    made = make_plan(run, PlanOptions(converge=True))
+    assert made.plan.predicted.R is not None
+    assert made.plan.predicted.R > 1
+    assert formats(made.plan, "input") == {"int8-g128"}
+    said = [note for note in made.plan.notes if note.startswith("converge")]
+    assert f"R = {made.plan.predicted.R:.3f} at best" in said[0]
+
+
+def test_without_sensitivity_no_loss_is_predicted(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = tables(2)
+    made.sensitivity = None
+    result = make_plan(made.write(tmp_path / "run"), PlanOptions(input_bits=5.0))
+    assert result.plan.predicted.delta_loss is None
+    assert result.plan.predicted.R is None
+    assert result.plan.predicted.objective > 0
+    assert result.frontier["delta_loss"].is_null().all()
+    text = " ".join(result.as_text().split())
+    assert "no sensitivity was profiled" in text
+    assert "nats" not in text
+
+
+def test_weights_only_plans_weights(tables: Callable[..., Any], tmp_path: Path) -> None:
+    run = tables(3, inputs=False).write(tmp_path / "run")
+    made = make_plan(run, PlanOptions(weight_bits=5.0))
+    assert {c.operand for c in made.plan.sites} == {"weight"}
+    assert formats(made.plan, "weight") == set(FORMATS)
+    assert made.plan.predicted.input_bits is None
+    assert "weights only were profiled" in made.as_text()
+
+
+def test_every_site_has_a_reason_with_what_the_next_best_costs(run: Path) -> None:
+    plan = make_plan(
+        run,
+        PlanOptions(
+            input_bits=5.0, weight_bits=5.0, pins=("model.layers.1.mlp.down_proj=int8-g128",)
+        ),
+    ).plan
+    for choice in plan.sites:
+        assert "\n" not in choice.reason
+        if choice.forced == "pin":
+            assert "pinned by model.layers.1.mlp.down_proj=int8-g128" in choice.reason
+        elif choice.planned:
+            assert choice.next_best is not None
+            assert choice.next_best.format != str(choice.format)
+            raised = choice.format == parse_format("int8-g128")
+            assert (choice.next_best.delta_loss >= 0) is raised
+            assert (choice.next_best.bits < 0) is raised
+            assert f"{choice.next_best.format} would {'add' if raised else 'save'}" in choice.reason
+    assert {"pin", "role", None} <= {c.forced for c in plan.sites}
+    lowest = make_plan(run, PlanOptions(input_bits=5.0)).plan
+    assert {c.forced for c in lowest.sites if c.operand == "weight"} == {"budget", "role"}
+
+
+def test_kurtosis_that_misleads_is_flagged(tables: Callable[..., Any], tmp_path: Path) -> None:
+    made = tables(4)
+    site = "model.layers.2.mlp.down_proj:input"
+    here = pl.col("site") == site
+    made.profile = made.profile.with_columns(kurtosis=pl.when(here).then(5000.0).otherwise(4.0))
+    made.sensitivity = made.sensitivity.with_columns(
+        delta_loss=pl.when(here).then(1e-9).otherwise("delta_loss")
+    )
+    plan = make_plan(made.write(tmp_path / "run"), PlanOptions()).plan
+    flagged = [c.site for c in plan.sites if "kurtosis" in c.reason]
+    assert flagged == [site]
+
+
+@pytest.mark.parametrize("blocks", [1, 12, 60, 90])
+def test_the_text_fits_a_terminal(tables: Callable[..., Any], tmp_path: Path, blocks: int) -> None:
+    run = tables(blocks, keep=("q_proj", "k_proj", "down_proj")).write(tmp_path / "r")
+    made = make_plan(run, PlanOptions())
+    lines = made.as_text().splitlines()
+    # Paths may be longer than any terminal.
+    assert max(len(line) for line in lines[:-2]) <= 100
+    assert lines[-1] == f"next: bitplan verify {run}"
+    assert "plan.json" in lines[-2]
+    row = "".join(line.split()[1] for line in lines if line.startswith("fc2:input"))
+    expected = "".join(
+        "." if c.format.bits == 4 else "8"
+        for c in made.plan.sites
+        if c.role == "fc2" and c.operand == "input"
+    )
+    assert row == expected
+
+
+def test_the_command_prints_text_and_json(run: Path) -> None:
+    done = invoke(run, "--input-bits", "5")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "fc2:input" in done.stdout
+    as_json = invoke(run, "--input-bits", "5", "--json")
+    value = json.loads(as_json.stdout)
+    assert value["up_to_date"] is True
+    assert value["plan"] == json.loads((run / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--input-bits", "4"), "the smallest that can be met is 4."),
+        (("--bytes", "1"), "the smallest that can be met is"),
+        (("--input-bits", "nan"), "give a number above 0"),
+        (("--weight-bits", "-3"), "give a number above 0"),
+        (("--rule", "fc3"), "unknown rule 'fc3'"),
+        (("--rule", "fc2", "--input-bits", "5"), "whole plan"),
+        (("--converge", "--bit-ops", "1e9"), "--converge"),
+        (("--pin", "nothing=int8-g128"), "matches no site"),
+        (("--formats", "int9"), "unknown format"),
+        (("--formats", "int6-g128"), "profile again with --formats int6-g128"),
+        (("--formats", "int8-channel"), "applies to inputs"),
+        (("--time", "TPU=3"), "H200"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    run: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    make_plan(run, PlanOptions())
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    done = invoke(run, *arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_run_that_is_not_profiled_is_told(tmp_path: Path) -> None:
+    done = invoke(tmp_path)
+    assert done.exit_code == 2
+    assert "bitplan profile" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", [PlanOptions(input_bits=5.0), PlanOptions(converge=True), PlanOptions(rule="fc2")]
+)
+def test_weights_only_refuses_what_needs_inputs(
+    tables: Callable[..., Any], tmp_path: Path, options: PlanOptions
+) -> None:
+    run = tables(1, inputs=False).write(tmp_path / "run")
+    with pytest.raises(ValueError, match="weights only"):
+        make_plan(run, options)
+    assert not (run / "plan.json").exists()
+
+
+def test_results_are_values(run: Path) -> None:
+    made = make_plan(run, PlanOptions())
+    assert isinstance(made, PlanResult)
+    with pytest.raises(AttributeError):
+        made.plan.made_by = "me"  # type: ignore[misc]

@@ -1,0 +1,222 @@
+"""The estimate against what it estimates: finite differences, and models with sites quantized."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from bitplan.formats import parse_format
+from bitplan.probe.experts import unfuse_experts
+from bitplan.probe.inputs import measure_inputs
+from bitplan.probe.modules import find_linears
+from bitplan.probe.sensitivity import summed_loss
+from bitplan.probe.text import load_text, tokenize
+from bitplan.quantize import quantize_dequantize
+
+COARSE = parse_format("int3-g64")
+INT4, INT8 = parse_format("int4-g16"), parse_format("int8-g16")
+SEQUENCES, TOKENS = 3, 8
+
+
+def estimates(model, ids, formats=(INT4, INT8)):
+    items = find_linears(model)
+    found = measure_inputs(model, items, ids, formats, has_loss=True, sensitivity=True)
+    return {(row["site"], row["format"]): row for row in found.sensitivity}
+
+
+def loss_of(model, ids):
+    with torch.no_grad():
+        return float(summed_loss(model(input_ids=ids).logits.double(), ids))
+
+
+@contextlib.contextmanager
+def moved_input(items, fmt, amount):
+    """Add an amount [rows] of its quantization error to what these linears are handed."""
+
+    def hook(_, args):
+        x = args[0]
+        error = (quantize_dequantize(x, fmt) - x).flatten(0, -2) * amount[:, None]
+        return (x + error.view_as(x), *args[1:])
+
+    handles = [item.module.register_forward_pre_hook(hook) for item in items]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def moved_output(item, fmt, amount):
+    """Add to a linear's output, by an amount [rows], what the error of its weight adds."""
+
+    def hook(_, args, y):
+        error = quantize_dequantize(item.weight(), fmt) - item.weight()
+        change = args[0].flatten(0, -2) @ error.T * amount[:, None]
+        return y + change.view_as(y)
+
+    handle = item.module.register_forward_hook(hook)
+    yield
+    handle.remove()
+
+
+def row_slopes(model, ids, moved, step=1e-4):
+    """Return d loss / d amount of every row by central differences, [sequences, tokens]."""
+    slopes = []
+    for row in range(ids.numel()):
+        amount = torch.zeros(ids.numel(), dtype=torch.float64)
+        losses = []
+        for sign in (1, -1):
+            amount[row] = sign * step
+            with moved(amount):
+                losses.append(loss_of(model, ids))
+        slopes.append((losses[0] - losses[1]) / (2 * step))
+    return torch.tensor(slopes, dtype=torch.float64).view(ids.shape)
+
+
+def expected(slopes):
+    predicted = TOKENS - 1
+    kl = slopes.square().sum(1) / 2 / predicted
+    change = slopes.sum(1) / predicted + kl
+    return {
+        "delta_loss": change.mean().item(),
+        "stderr": change.std().item() / math.sqrt(SEQUENCES),
+        "kl": kl.mean().item(),
+    }
+
+
+@pytest.fixture(scope="module")
+def opt(build):
+    """A model in float64 throughout, whose attention and MLP read the residual stream itself."""
+    model = build("opt", num_hidden_layers=1, do_layer_norm_before=False, init_std=0.3).double()
+    ids = torch.randint(257, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
+    return model, ids, estimates(model, ids)
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("role", ["qkv", "o", "fc1", "fc2", "lm_head"])
+def test_inputs_agree_with_finite_differences(opt, role, fmt):
+    model, ids, found = opt
+    items = [item for item in find_linears(model) if item.linear.role == role]
+    slopes = row_slopes(model, ids, lambda amount: moved_input(items, fmt, amount))
+    whole = expected(slopes)
+    for item in items:
+        row = found[str(item.linear.site("input")), fmt.name]
+        for name, value in whole.items():
+            assert row[name] * len(items) == pytest.approx(value, rel=1e-5, abs=1e-11)
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("module", ["self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"])
+def test_weights_agree_with_finite_differences(opt, module, fmt):
+    model, ids, found = opt
+    (item,) = [item for item in find_linears(model) if item.linear.module.endswith(module)]
+    slopes = row_slopes(model, ids, lambda amount: moved_output(item, fmt, amount))
+    row = found[str(item.linear.site("weight")), fmt.name]
+    for name, value in expected(slopes).items():
+        assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-11)
+
+
+def test_the_batch_split_changes_nothing(opt, monkeypatch):
+    model, ids, found = opt
+    monkeypatch.setattr("bitplan.probe.inputs._batch_size", lambda *_: 1)
+    for key, row in estimates(model, ids).items():
+        for name in ("delta_loss", "stderr", "kl"):
+            assert row[name] == pytest.approx(found[key][name], rel=1e-9, abs=1e-15)
+
+
+def test_small_errors_are_measured_changes_of_loss(opt):
+    """At 8 bits the estimate of an input is nearly what quantizing it does to the loss."""
+    model, ids, found = opt
+    base = loss_of(model, ids)
+    everywhere = torch.ones(ids.numel(), dtype=torch.float64)
+    for role in ("qkv", "o", "fc1", "fc2", "lm_head"):
+        items = [item for item in find_linears(model) if item.linear.role == role]
+        with moved_input(items, INT8, everywhere):
+            change = (loss_of(model, ids) - base) / (SEQUENCES * (TOKENS - 1))
+        rows = [found[str(item.linear.site("input")), INT8.name] for item in items]
+        assert sum(row["delta_loss"] for row in rows) == pytest.approx(change, rel=0.2)
+
+
+def test_experts_agree_with_finite_differences(build):
+    model = build("mixtral", num_hidden_layers=1, initializer_range=0.3)
+    unfuse_experts(model)
+    ids = torch.arange(SEQUENCES * TOKENS).view(SEQUENCES, TOKENS) * 7 % 257
+    found = estimates(model, ids, (INT4,))
+    checked = 0
+    for item in find_linears(model):
+        if item.linear.expert is None:
+            continue
+        # The model's norms and routers are float32: a wide step, and one sum over rows.
+        losses = []
+        for amount in (1e-2, -1e-2):
+            with moved_input([item], INT4, torch.tensor([amount])):
+                losses.append(loss_of(model, ids))
+        row = found[str(item.linear.site("input")), INT4.name]
+        slope = (losses[0] - losses[1]) / 2e-2 / (SEQUENCES * (TOKENS - 1))
+        assert row["delta_loss"] - row["kl"] == pytest.approx(slope, rel=0.05, abs=2e-4)
+        checked += 1
+    assert checked == 8
+
+
+def test_what_no_token_reached_has_no_estimate(build):
+    model = build("mixtral", num_local_experts=16, num_experts_per_tok=1, num_hidden_layers=1)
+    unfuse_experts(model)
+    found = estimates(model, torch.tensor([[1, 2, 3]]))
+    experts = {site for site, _ in found if ".experts." in site}
+    assert 0 < len(experts) <= 3 * 4  # three tokens, each to one expert of two linears
+    one = found["lm_head:input", INT4.name]
+    assert one["stderr"] is None
+    assert one["delta_loss"] != 0
+
+
+def test_bf16_changes_nothing(build):
+    ids = torch.arange(20).view(2, 10)
+    for row in estimates(build("llama"), ids, (parse_format("bf16"),)).values():
+        assert (row["delta_loss"], row["stderr"], row["kl"]) == (0, 0, 0)
+
+
+def test_formats_are_kept_to_the_operands_they_apply_to(build):
+    formats = [parse_format(name) for name in ("int8-token", "int8-channel", "nvfp4")]
+    found = estimates(build("llama"), torch.arange(20).view(2, 10), formats)
+    by_operand = {
+        operand: {fmt for site, fmt in found if site.endswith(operand)}
+        for operand in ("input", "weight")
+    }
+    assert by_operand == {"input": {"int8-token", "nvfp4"}, "weight": {"int8-channel", "nvfp4"}}
+
+
+@pytest.fixture(scope="module")
+def trained(build, tokenizer):
+    """A tiny Llama, trained a little on the standard library, and calibration tokens."""
+    model = build("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=3).train()
+    corpus = load_text()
+    ids = tokenize(corpus, tokenizer, "train", tokens=150 * 16 * 64, seq_len=64, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in ids.split(16):
+        loss = summed_loss(model(input_ids=batch).logits, batch) / batch.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = tokenize(corpus, tokenizer, "calibration", tokens=4096, seq_len=64, seed=0)
+    return model.eval(), held
+
+
+@pytest.mark.slow
+def test_the_order_of_sites_is_that_of_exhaustive_measurement(trained):
+    model, ids = trained
+    found = estimates(model, ids, (COARSE,))
+    base, measured, estimated = loss_of(model, ids), [], []
+    groups: dict[str, list] = {}
+    for item in find_linears(model):
+        if item.linear.role in ("qkv", "o", "fc1", "fc2"):
+            groups.setdefault(item.linear.fused or item.linear.module, []).append(item)
+    for items in groups.values():
+        with moved_input(items, COARSE, torch.ones(1)):
+            measured.append((loss_of(model, ids) - base) / (len(ids) * 63))
+        rows = [found[str(item.linear.site("input")), COARSE.name] for item in items]
+        estimated.append(sum(row["delta_loss"] for row in rows))
+    assert len(measured) == 12
+    print(list(zip(measured,estimated)), spearmanr(estimated, measured))
+    assert spearmanr(estimated, measured).statistic > 0.8
+    assert sum(estimated) == pytest.approx(sum(measured), rel=0.5)

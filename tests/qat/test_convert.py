@@ -1,0 +1,181 @@
+"""Conversion touches every planned site, nothing else, shares the weights, and has an inverse."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitplan.errors import PlanError
+from bitplan.formats import Format, parse_format
+from bitplan.probe.modules import find_linears
+from bitplan.qat.convert import FakeQuantizedLinear, convert, restore
+from bitplan.quantize import quantize_dequantize
+from bitplan.sites import PLANNED_ROLES, Site
+
+FAMILIES = ["llama", "gpt2", "bert", "qwen3_moe"]
+W, A = parse_format("int4-g16"), parse_format("int8-g24")
+
+
+def everything(model: nn.Module, weight: Format = W, inputs: Format = A) -> dict[Site, Format]:
+    return {
+        item.linear.site(operand): fmt
+        for item in find_linears(model)
+        if item.linear.role in PLANNED_ROLES
+        for operand, fmt in (("weight", weight), ("input", inputs))
+    }
+
+
+def logits(model: Any) -> Tensor:
+    ids = torch.arange(40).view(2, 20) + 60
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids).logits
+    return out
+
+
+def by_hand(model: nn.Module, formats: Mapping[Site, Format]) -> None:
+    """Round the weights in place, and the inputs by plain hooks: what conversion stands for."""
+    for item in find_linears(model):
+        if (fmt := formats.get(item.linear.site("weight"))) is not None:
+            rounded = quantize_dequantize(item.weight().detach().contiguous(), fmt)
+            item.module.weight.data = rounded.T.contiguous() if item.transposed else rounded
+        if (fmt := formats.get(item.linear.site("input"))) is not None:
+            item.module.register_forward_pre_hook(
+                lambda _, args, fmt=fmt: (quantize_dequantize(args[0], fmt), *args[1:])
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_converted_model_computes_what_rounding_by_hand_does(
+    build: Callable[[str], Any], family: str
+) -> None:
+    model, other = build(family), build(family)
+    if family == "qwen3_moe":
+        from bitplan.probe.experts import unfuse_experts
+
+        assert unfuse_experts(model) == unfuse_experts(other) == 2
+    formats = everything(model)
+    before = logits(model)
+    report = convert(model, formats)
+    by_hand(other, formats)
+    assert dict(report.converted) == formats
+    assert report.kept == ()
+    found = logits(model)
+    torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
+    assert (found - before).abs().max() > 1e-4
+    converted = [m for m in model.modules() if hasattr(m, "quantize_weight")]
+    assert len(converted) == len(formats) / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_is_the_inverse_and_names_stay(build: Callable[[str], Any], family: str) -> None:
+    model = build(family)
+    before, names = logits(model), [(m.linear, m.transposed) for m in find_linears(model)]
+    parameters = dict(model.named_parameters())
+    formats = {
+        site: fmt
+        for site, fmt in everything(model).items()
+        if type(model.get_submodule(site.module)) is not nn.Embedding
+    }
+    convert(model, formats)
+    assert [(m.linear, m.transposed) for m in find_linears(model)] == names
+    assert all(new is parameters[name] for name, new in model.named_parameters())
+    restore(model)
+    assert torch.equal(logits(model), before)
+    assert not [m for m in model.modules() if "FakeQuantized" in type(m).__name__]
+    assert all(new is parameters[name] for name, new in model.named_parameters())
+
+
+def test_experts_are_converted_one_by_one(build: Callable[[str], Any]) -> None:
+    from bitplan.probe.experts import unfuse_experts
+
+    model = build("qwen3_moe")
+    unfuse_experts(model)
+    site = next(s for s in everything(model) if "experts.2" in s.module and s.operand == "weight")
+    convert(model, {site: W})
+    assert isinstance(model.get_submodule(site.module), FakeQuantizedLinear)
+    others = [m for m in model.modules() if isinstance(m, FakeQuantizedLinear)]
+    assert len(others) == 1
+
+
+def test_a_tied_embedding_stays_as_it_is(build: Callable[[str], Any]) -> None:
+    model = build("llama")
+    head = Site("lm_head", "weight")
+    report = convert(model, {head: W})
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.model.embed_tokens) is nn.Embedding
+    hidden = torch.randn(3, 32, generator=torch.manual_seed(0))
+    expected = hidden @ quantize_dequantize(model.lm_head.weight.detach(), W).T
+    torch.testing.assert_close(model.lm_head(hidden), expected)
+    assert dict(report.converted) == {head: W}
+
+
+def test_bf16_sites_are_kept_and_the_unplanned_ones_are_listed(build: Callable[[str], Any]) -> None:
+    model = build("llama")
+    q, k = (Site(f"model.layers.0.self_attn.{n}_proj", "weight") for n in "qk")
+    report = convert(model, {q: parse_format("bf16"), k: W})
+    assert dict(report.converted) == {k: W}
+    assert report.kept == (q,)
+    assert Site("lm_head", "weight") in report.unplanned
+    assert Site("model.embed_tokens", "weight") in report.unplanned
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    num_sites = sum(1 + item.has_input for item in find_linears(model))
+    assert len(report.converted) + len(report.kept) + len(report.unplanned) == num_sites
+
+
+def test_gradients_reach_the_weights_as_if_nothing_were_rounded(
+    build: Callable[[str], Any],
+) -> None:
+    model = build("llama")
+    linear = model.model.layers[0].mlp.down_proj
+    convert(model, everything(model))
+    new = model.model.layers[0].mlp.down_proj
+    assert new.weight is linear.weight
+    x = torch.randn(5, 40, generator=torch.manual_seed(0), requires_grad=True)
+    new(x).sum().backward()
+    ones = torch.ones(5, 32)
+    torch.testing.assert_close(new.weight.grad, ones.T @ quantize_dequantize(x.detach(), A))
+    torch.testing.assert_close(x.grad, ones @ quantize_dequantize(new.weight.detach(), W))
+
+
+def test_sites_the_model_lacks_are_named_and_nothing_changes(build: Callable[[str], Any]) -> None:
+    model = build("llama")
+    formats = everything(model) | {Site("model.layers.7.mlp.up_proj", "weight"): W}
+    with pytest.raises(PlanError, match=r"model\.layers\.7\.mlp\.up_proj:weight"):
+        convert(model, formats)
+    assert not [m for m in model.modules() if isinstance(m, FakeQuantizedLinear)]
+
+
+def test_what_cannot_be_quantized_is_refused(build: Callable[[str], Any]) -> None:
+    model = build("llama")
+    with pytest.raises(PlanError, match=r"Embedding modules cannot .*--pin 'model\.embed_tok"):
+        convert(model, {Site("model.embed_tokens", "weight"): W})
+    with pytest.raises(PlanError, match="not one for inputs"):
+        convert(model, {Site("lm_head", "input"): parse_format("int8-channel")})
+
+    class Odd(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    model.model.layers[0].self_attn.o_proj = Odd(32, 32, bias=False)
+    with pytest.raises(PlanError, match="Odd modules cannot be quantized"):
+        convert(model, everything(model))
+    assert not [m for m in model.modules() if isinstance(m, FakeQuantizedLinear)]
+
+
+def test_a_module_with_two_names_is_swapped_under_both() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    convert(model, {Site("a.0", "weight"): W})
+    assert model["a"][0] is model["b"][0]
+    assert isinstance(model["a"][0], FakeQuantizedLinear)
+
+
+def test_converting_twice_takes_the_second_plan(build: Callable[[str], Any]) -> None:
+    model, once = build("llama"), build("llama")
+    formats = everything(model)
+    convert(model, everything(model, parse_format("int2-g16"), parse_format("int2-g16")))
+    convert(model, formats)
+    convert(once, formats)
+    assert torch.equal(logits(model), logits(once))

@@ -1,0 +1,272 @@
+"""One arm: deterministic, resumable to the bit, and clear about what stops it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from bitplan.errors import RunError, TrainingError
+from bitplan.probe.checkpoint import load_checkpoint
+from bitplan.qat import record as files
+from bitplan.qat import train
+from bitplan.qat.arms import ARMS
+from bitplan.qat.train import Job, Recipe, learning_rate, make_accelerator, train_arm
+from bitplan.rundir import RunDir
+from bitplan.tables import METRICS, PROFILE
+
+RECIPE = Recipe(steps=5, batch_size=2, seq_len=24, lr=1e-3)
+
+
+@pytest.fixture
+def model(checkpoints: Callable[[str], Path]) -> Any:
+    return load_checkpoint(str(checkpoints("llama")), device="cpu").model
+
+
+@pytest.fixture
+def job(ready: Callable[..., Any]) -> Job:
+    generator = torch.Generator().manual_seed(0)
+    return Job(
+        arm="planned",
+        seed=3,
+        formats=ARMS["planned"].formats(ready().plan),
+        recipe=RECIPE,
+        train=torch.randint(0, 257, (10, 24), generator=generator),
+        heldout=torch.randint(0, 257, (5, 24), generator=generator),
+        context={"model": "abc"},
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[str], RunDir]:
+    def make(name: str) -> RunDir:
+        directory = RunDir.create(tmp_path / name)
+        with directory.lock():
+            directory.finish("profile", {}, [])
+        return directory
+
+    return make
+
+
+CPU = torch.device("cpu")
+
+
+def results(run: RunDir, job: Job) -> dict[str, pl.DataFrame]:
+    """The arm's tables, without the clock."""
+    return {
+        name: run.read_table(f"{files.arm_dir(job.arm, job.seed)}/{name}").drop(
+            "seconds", strict=False
+        )
+        for name in files.TABLE_FILES
+    }
+
+
+def assert_equal(found: dict[str, pl.DataFrame], expected: dict[str, pl.DataFrame]) -> None:
+    for name, frame in expected.items():
+        assert found[name].equals(frame), name
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the training die as step `step`, from 0, begins."""
+    real = train.learning_rate
+
+    def dying(at: int, recipe: Recipe) -> float:
+        if at == step:
+            raise Killed
+        return real(at, recipe)
+
+    monkeypatch.setattr(train, "learning_rate", dying)
+
+
+def test_the_same_job_twice_gives_the_same_files_to_the_bit(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    first, second = run("a"), run("b")
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    record = train_arm(first, model, job, make_accelerator(CPU))
+    assert all(torch.equal(value, initial[name]) for name, value in model.state_dict().items())
+    train_arm(second, model, job, make_accelerator(CPU))
+    assert_equal(results(second, job), results(first, job))
+
+    metrics = results(first, job)["metrics.parquet"]
+    assert metrics.columns == [c for c in METRICS.schema if c != "seconds"]
+    assert metrics["step"].to_list() == [1, 2, 3, 4, 5]
+    assert metrics["tokens"].to_list() == [48 * i for i in range(1, 6)]
+    stats = results(first, job)["stats.parquet"]
+    assert stats.columns == list(PROFILE.schema)
+    assert stats["step"].unique().sort().to_list() == [2, 4]
+    assert stats.filter(pl.col("operand") == "weight")["drift"].min() > 0  # type: ignore[operator]
+    losses = files.heldout_losses(first, job.arm, job.seed)
+    assert losses.shape == (5,)
+    assert record["loss"]["heldout"] == pytest.approx(losses.mean())
+    assert record["tokens"] == 5 * 48
+    assert record["num_quantized_sites"] == len(job.formats) == 28
+    assert not (first.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE).exists()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_killed_training_goes_on_to_the_same_losses(
+    model: Any,
+    job: Job,
+    run: Callable[[str], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    whole, killed = run("whole"), run("killed")
+    train_arm(whole, model, job, make_accelerator(CPU))
+    place = killed.path / files.arm_dir(job.arm, job.seed)
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            train_arm(killed, model, job, make_accelerator(CPU), save_every_s=0)
+    assert [path.name for path in place.iterdir()] == [files.STATE_FILE]
+    (place / f".{files.STATE_FILE}.1.tmp").write_bytes(b"what a kill left")
+    with monkeypatch.context() as patch:
+        kill_at(patch, step - 1)  # a step that was taken is not taken again
+        train_arm(killed, model, job, make_accelerator(CPU))
+    assert_equal(results(killed, job), results(whole, job))
+    assert sorted(path.name for path in place.iterdir()) == sorted(
+        (*files.TABLE_FILES, files.RECORD_FILE)
+    )
+
+
+def test_the_state_of_another_configuration_is_not_taken_up(
+    model: Any, job: Job, run: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, clean = run("a"), run("b")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train_arm(directory, model, job, make_accelerator(CPU), save_every_s=0)
+    other = replace(job, recipe=replace(RECIPE, lr=2e-3))
+    train_arm(directory, model, other, make_accelerator(CPU))
+    train_arm(clean, model, other, make_accelerator(CPU))
+    assert_equal(results(directory, other), results(clean, other))
+
+
+def test_a_damaged_state_is_named(model: Any, job: Job, run: Callable[[str], RunDir]) -> None:
+    directory = run("a")
+    path = directory.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no state")
+    with pytest.raises(RunError, match=r"state\.pt cannot be read"):
+        train_arm(directory, model, job, make_accelerator(CPU))
+
+
+def test_training_lowers_the_loss(model: Any, job: Job, run: Callable[[str], RunDir]) -> None:
+    directory = run("a")
+    same = job.train[:2].repeat(15, 1)
+    longer = replace(job, recipe=replace(RECIPE, steps=15, lr=1e-2), train=same)
+    train_arm(directory, model, longer, make_accelerator(CPU))
+    losses = results(directory, longer)["metrics.parquet"]["loss"]
+    assert losses[-1] < losses[0] - 0.5
+    assert abs(losses[0] - math.log(257)) < 0.5
+
+
+def test_the_first_loss_and_gradient_are_those_of_plain_torch(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    directory = run("a")
+    plain = replace(job, arm="bf16", formats={})
+    train_arm(directory, model, plain, make_accelerator(CPU))
+    loss = model(input_ids=job.train[:2], labels=job.train[:2]).loss  # transformers' own
+    loss.backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    row = results(directory, plain)["metrics.parquet"].row(0, named=True)
+    assert row["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_dropout_masks_are_shared_and_leave_the_callers_generator_alone(
+    build: Callable[[str], Any], run: Callable[[str], RunDir], job: Job
+) -> None:
+    model = build("gpt2")  # trains with dropout
+    plain = replace(job, formats={}, recipe=replace(RECIPE, steps=2))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train_arm(run("a"), model, plain, make_accelerator(CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    directory = run("b")
+    train_arm(directory, model, plain, make_accelerator(CPU))
+    assert_equal(results(directory, plain), results(run("a"), plain))
+
+
+def test_a_loss_that_is_not_finite_names_step_and_site(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    directory = run("a")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0, 0] = math.nan
+    expected = (
+        r"arm planned, seed 3: the loss is nan at step 1 of 5; first site that is not finite: "
+        r"model\.layers\.1\.self_attn\.o_proj:weight; lower --lr \(now 0\.001\)"
+    )
+    with pytest.raises(TrainingError, match=expected):
+        train_arm(directory, model, job, make_accelerator(CPU))
+    assert not list(directory.path.glob("arms/**/*.json"))
+
+
+def test_an_input_that_is_not_finite_is_named(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = math.inf
+    with pytest.raises(TrainingError, match=r"finite: model\.layers\.1\.mlp\.gate_proj:input"):
+        train_arm(run("a"), model, job, make_accelerator(CPU))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "advice"), [(2, "try --batch-size 1"), (1, "try --seq-len 12")]
+)
+def test_running_out_of_memory_names_what_to_try(
+    model: Any,
+    job: Job,
+    run: Callable[[str], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    advice: str,
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(train, "sequence_losses", full)
+    small = replace(job, recipe=replace(RECIPE, batch_size=batch_size))
+    with pytest.raises(TrainingError, match=advice):
+        train_arm(run("a"), model, small, make_accelerator(CPU))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    recipe = replace(RECIPE, steps=100, warmup_share=0.1)
+    rates = np.array([learning_rate(step, recipe) for step in range(101)])
+    assert rates[:10] == pytest.approx(np.arange(1, 11) * 1e-4)
+    assert rates.max() == rates[10] == 1e-3
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[100] == pytest.approx(1e-4)
+
+
+def test_an_arm_is_finished_only_under_its_own_configuration(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    directory = run("a")
+    assert files.finished(directory, job.arm, job.seed, job.config) is None
+    record = train_arm(directory, model, job, make_accelerator(CPU))
+    assert files.finished(directory, job.arm, job.seed, job.config) == record
+    other = replace(job, recipe=replace(RECIPE, lr=2e-3))
+    assert files.finished(directory, job.arm, job.seed, other.config) is None
+    files.copy_arm(directory, record, "planned-weights")
+    twin = replace(job, arm="planned-weights")
+    copied = files.finished(directory, twin.arm, twin.seed, twin.config)
+    assert copied == record | {"arm": "planned-weights", "same_as": "planned"}
+    assert_equal(results(directory, twin), results(directory, job))
+    (directory.path / files.arm_dir(job.arm, job.seed) / files.STATS_FILE).unlink()
+    assert files.finished(directory, job.arm, job.seed, job.config) is None

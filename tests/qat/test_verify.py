@@ -1,0 +1,310 @@
+"""`bitplan verify` on a tiny checkpoint: the arms, the verdict's file, resuming, and bad input."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bitplan.cli import main
+from bitplan.errors import BitplanError, CheckpointError, DataError, PlanError, RunError
+from bitplan.options import VerifyOptions
+from bitplan.qat import train, verify
+from bitplan.qat.arms import ARMS
+from bitplan.qat.result import Verdict
+from bitplan.qat.verify import verify_plan
+from bitplan.rundir import RunDir
+from bitplan.tables import HELDOUT, METRICS, PROFILE
+
+Make = Callable[..., Any]
+
+
+def losses(run: Path) -> dict[tuple[str, int], list[float]]:
+    """Held-out and training losses of every arm and seed on disk."""
+    return {
+        (path.parent.parent.name, int(path.parent.name.removeprefix("seed-"))): [
+            *pl.read_parquet(path.parent / "heldout.parquet")["loss"],
+            *pl.read_parquet(path.parent / "metrics.parquet")["loss"],
+        ]
+        for path in run.glob("arms/*/*/record.json")
+    }
+
+
+def mtimes(run: Path) -> dict[str, int]:
+    return {str(p.relative_to(run)): p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+
+
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Note which arms are trained from here on."""
+    seen: list[tuple[str, int]] = []
+    real = verify.train_arm
+
+    def noting(run: Any, model: Any, job: Any, accelerator: Any) -> Any:
+        seen.append((job.arm, job.seed))
+        return real(run, model, job, accelerator)
+
+    monkeypatch.setattr(verify, "train_arm", noting)
+    return seen
+
+
+def test_every_arm_leaves_its_files_and_the_verdict_adds_up(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready()
+    seen = trained(monkeypatch)
+    found = verify_plan(at.run, at.options)
+    # The plan keeps its weights at 4 bits: its weights-only arm is w4a16.
+    assert [arm for arm, seed in seen if seed == 0] == [a for a in ARMS if a != "planned-weights"]
+    for name in ARMS:
+        for seed in (0, 1):
+            place = at.run / "arms" / name / f"seed-{seed}"
+            record = json.loads((place / "record.json").read_text())
+            assert record["arm"] == name
+            assert record["seed"] == seed
+            assert record["same_as"] == ("w4a16" if name == "planned-weights" else None)
+            assert pl.read_parquet(place / "metrics.parquet").schema == METRICS.schema
+            assert pl.read_parquet(place / "stats.parquet").schema == PROFILE.schema
+            assert pl.read_parquet(place / "heldout.parquet").schema == HELDOUT.schema
+            assert "model" in json.loads(
+                pl.read_parquet_metadata(place / "metrics.parquet")["bitplan"]
+            )
+
+    held = {
+        name: np.array(
+            [
+                pl.read_parquet(at.run / f"arms/{name}/seed-{k}/heldout.parquet")["loss"].mean()
+                for k in (0, 1)
+            ]
+        )
+        for name in ARMS
+    }
+    value = json.loads((at.run / "verdict.json").read_text())
+    for name in ARMS:
+        entry = value["delta"][name]
+        assert entry["estimate"] == pytest.approx((held[name] - held["bf16"]).mean(), abs=1e-12)
+        assert entry["low"] <= entry["estimate"] <= entry["high"]
+        assert entry["seeds"] == 2
+    delta = {name: value["delta"][name]["estimate"] for name in ARMS}
+    assert value["R"]["before"]["estimate"] == pytest.approx(delta["w16a4"] / delta["w4a16"])
+    assert value["R"]["after"]["estimate"] == pytest.approx(
+        delta["planned-inputs"] / delta["planned-weights"]
+    )
+    assert value["tolerance"] == [0.8, 1.25]
+    assert set(value["noise"]) == {"seed_std", "evaluation_stderr", "floor"}
+    assert value["verdict"] == found.verdict
+    assert value["plan_id"] == at.plan.plan_id
+    assert value["tokens"] == 4 * 2 * 32
+    assert value["missing"] == []
+    assert value == found.as_json()
+    assert replace(Verdict.from_json(value), run=found.run) == found
+
+    lines = found.as_text().splitlines()
+    assert lines[0].startswith(found.verdict)
+    assert any(line.startswith("planned-weights") and "(as w4a16)" in line for line in lines)
+    assert lines[-1] == f"Next: bitplan report {at.run}"
+
+
+def test_the_same_options_twice_are_up_to_date(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready(arms=("bf16", "w4a4"), seeds=1)
+    first = verify_plan(at.run, at.options)
+    before = mtimes(at.run)
+    seen = trained(monkeypatch)
+    second = verify_plan(at.run, at.options)
+    assert second.up_to_date
+    assert replace(second, up_to_date=False) == first
+    assert mtimes(at.run) == before
+    assert seen == []
+    assert "is up to date" in second.as_text()
+
+
+def test_two_runs_have_the_same_losses_to_the_bit(ready: Make) -> None:
+    arms = ("bf16", "planned-weights", "planned-inputs")
+    one, two = (ready(name=name, seeds=1, arms=arms) for name in ("one", "two"))
+    verify_plan(one.run, one.options)
+    verify_plan(two.run, two.options)
+    found = losses(one.run)
+    assert len(found) == len(arms)
+    assert found == losses(two.run)
+    texts = [json.loads((at.run / "verdict.json").read_text()) for at in (one, two)]
+    assert texts[0] == texts[1]
+
+
+def test_arms_share_their_batches_and_seeds_do_not(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready(arms=("bf16", "w4a4"))
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+    real_step, real_losses = train._Training.take_step, train.sequence_losses
+    current: list[tuple[str, int]] = []
+
+    def step(self: Any, index: int) -> None:
+        current[:] = [(self.job.arm, self.job.seed)]
+        real_step(self, index)
+
+    def noting(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        if model.training:
+            seen.setdefault(current[0], []).append(ids.clone())
+        return real_losses(model, ids)
+
+    monkeypatch.setattr(train._Training, "take_step", step)
+    monkeypatch.setattr(train, "sequence_losses", noting)
+    verify_plan(at.run, at.options)
+    assert set(seen) == {(arm, seed) for arm in ("bf16", "w4a4") for seed in (0, 1)}
+    assert [ids.shape for ids in seen["bf16", 0]] == [(2, 32)] * 4
+    for seed in (0, 1):
+        pairs = zip(seen["bf16", seed], seen["w4a4", seed], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(torch.cat(seen["bf16", 0]), torch.cat(seen["bf16", 1]))
+    records = [json.loads(p.read_text()) for p in at.run.glob("arms/*/*/record.json")]
+    assert len({record["config"]["heldout"] for record in records}) == 1
+    assert len({record["config"]["train"] for record in records}) == 2
+
+
+def test_a_killed_verify_goes_on_where_it_stopped(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = ("bf16", "w16a4", "w4a4")
+    whole, killed = (ready(name=name, seeds=1, arms=arms) for name in ("whole", "killed"))
+    verify_plan(whole.run, whole.options)
+    real = train._Training.take_step
+
+    def dying(self: Any, step: int) -> None:
+        if self.job.arm == "w16a4" and step == 2:
+            raise KeyboardInterrupt
+        real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Training, "take_step", dying)
+        patch.setattr(verify, "train_arm", partial(train.train_arm, save_every_s=0.0))
+        with pytest.raises(KeyboardInterrupt):
+            verify_plan(killed.run, killed.options)
+    assert not (killed.run / "verdict.json").exists()
+    assert (killed.run / "arms/w16a4/seed-0/state.pt").exists()
+    seen = trained(monkeypatch)
+    verify_plan(killed.run, killed.options)
+    assert seen == [("w16a4", 0), ("w4a4", 0)]
+    assert losses(killed.run) == losses(whole.run)
+    assert not list(killed.run.rglob("*.pt"))
+
+
+def test_arms_in_portions_and_a_new_plan_train_only_what_is_new(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready(arms=("bf16", "w4a16"), seeds=1)
+    part = verify_plan(at.run, at.options)
+    assert part.verdict == "undetermined"
+    assert "not trained yet: planned-weights, planned-inputs" in part.sentence
+    assert part.missing == ("w16a4", "w4a4", "planned", "planned-weights", "planned-inputs")
+    assert part.before.estimate is None
+    seen = trained(monkeypatch)
+    whole = verify_plan(at.run, replace(at.options, arms=()))
+    assert [arm for arm, _ in seen] == ["w16a4", "w4a4", "planned", "planned-inputs"]
+    assert whole.missing == ()
+    assert "One seed" in whole.as_text()
+    # Without bf16 there is nothing to tell a delta from.
+    alone = ready(name="alone", arms=("w4a16",), seeds=1)
+    verdict = verify_plan(alone.run, alone.options)
+    assert verdict.as_json()["delta"] == {}
+    assert "bf16" in verdict.sentence
+
+    other = ready(name="new", high=("fc1", "fc2"), seeds=1)
+    (at.run / "plan.json").write_bytes((other.run / "plan.json").read_bytes())
+    seen.clear()
+    again = verify_plan(at.run, replace(at.options, arms=()))
+    assert [arm for arm, _ in seen] == ["planned", "planned-inputs"]
+    assert again.plan_id == other.plan.plan_id != whole.plan_id
+
+
+def test_mixture_of_experts_and_conv1d_checkpoints_train(ready: Make) -> None:
+    for family in ("qwen3_moe", "gpt2"):
+        at = ready(family, name=family, arms=("bf16", "w4a4"), seeds=1, steps=2)
+        found = verify_plan(at.run, at.options)
+        assert [arm.name for arm in found.arms] == ["bf16", "w4a4"]
+
+
+def changed(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_bad_input_is_told_and_leaves_everything_as_it_was(
+    ready: Make, tmp_path: Path, checkpoints: Callable[[str], Path]
+) -> None:
+    at = ready()
+    before = mtimes(at.run)
+
+    def refused(error: type[Exception], match: str, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            verify_plan(at.run, replace(at.options, **options))
+        assert mtimes(at.run) == before
+
+    refused(BitplanError, "--steps 4 and --tokens 100", tokens=100)
+    refused(BitplanError, "no arm w4a5: the arms are bf16", arms=("w4a5",))
+    refused(BitplanError, "--lr 0", lr=0.0)
+    refused(BitplanError, "--seq-len 500 is more than the 128 positions", seq_len=500)
+    refused(DataError, r"the train part", steps=100_000)
+    refused(DataError, r"the heldout part", eval_tokens=10_000_000)
+    (tmp_path / "empty.txt").write_text("")
+    refused(DataError, "empty", data=(str(tmp_path / "empty.txt"),))
+    with RunDir.open(at.run).lock():
+        refused(RunError, "in use")
+    with pytest.raises(RunError, match="no run directory"):
+        verify_plan(tmp_path / "nothing", at.options)
+
+    bert = ready("bert", name="bert")
+    with pytest.raises(CheckpointError, match="predicts no next token"):
+        verify_plan(bert.run, bert.options)
+
+
+def test_a_plan_for_another_checkpoint_is_refused(ready: Make) -> None:
+    at = ready()
+    manifest = json.loads((at.run / "run.json").read_text())
+    model = manifest["model"]
+    changed(at.run / "run.json", model=model | {"content_hash": "0" * 32})
+    with pytest.raises(PlanError, match="the plan was made for another checkpoint"):
+        verify_plan(at.run, at.options)
+    plan = json.loads((at.run / "plan.json").read_text())
+    provenance = plan["provenance"] | {"model": model | {"content_hash": "0" * 32}}
+    changed(at.run / "plan.json", provenance=provenance)
+    with pytest.raises(PlanError, match="has changed since it was profiled"):
+        verify_plan(at.run, at.options)
+    (at.run / "plan.json").unlink()
+    with pytest.raises(RunError, match="bitplan plan"):
+        verify_plan(at.run, at.options)
+    assert not (at.run / "arms").exists()
+
+
+def flags(options: VerifyOptions) -> list[str]:
+    names = ("steps", "seeds", "batch_size", "seq_len", "eval_tokens", "lr", "device")
+    values = asdict(options)
+    given = [f"--{name.replace('_', '-')}={values[name]}" for name in names]
+    return [*given, f"--data={options.data[0]}"]
+
+
+def test_exit_codes(ready: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = ready(seeds=1, steps=2)
+    runner = CliRunner()
+    command = ["verify", str(at.run), "--arms", "bf16,w4a4", *flags(at.options)]
+    bad = runner.invoke(main, [*command, "--tokens", "64"])
+    assert (bad.exit_code, bad.stdout) == (2, "")
+    assert len(bad.stderr.splitlines()) == 1
+    # R needs other arms: undetermined, so the answer is no.
+    answer = runner.invoke(main, [*command, "--json"])
+    assert answer.exit_code == 1
+    assert json.loads(answer.stdout) == json.loads((at.run / "verdict.json").read_text())
+
+    real = verify.verify_plan
+
+    def converged(run: Path, options: VerifyOptions) -> Verdict:
+        return replace(real(run, options), verdict="converged")
+
+    monkeypatch.setattr(verify, "verify_plan", converged)
+    assert runner.invoke(main, command).exit_code == 0

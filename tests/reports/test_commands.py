@@ -1,0 +1,84 @@
+import shlex
+from dataclasses import asdict
+
+from click.testing import CliRunner
+
+from bitplan.cli import main
+from bitplan.options import PlanOptions, ProfileOptions, VerifyOptions
+from bitplan.reports.commands import reproduce
+
+
+def test_only_what_differs_from_the_defaults_is_spelled() -> None:
+    stages = {
+        "profile": {"options": asdict(ProfileOptions(model="/my models/x", sensitivity=False))},
+        "plan": {"options": asdict(PlanOptions(input_bits=5.5, pins=("*.0.*=bf16", "a=bf16")))},
+        "verify": {"options": asdict(VerifyOptions(seeds=5, arms=("bf16", "w4a4")))},
+    }
+    assert reproduce({"stages": stages}, "run") == [
+        "bitplan profile '/my models/x' -o run --no-sensitivity",
+        "bitplan plan run --input-bits 5.5 --pin '*.0.*=bf16' --pin a=bf16",
+        "bitplan verify run --seeds 5 --arms bf16,w4a4",
+        "bitplan report run",
+    ]
+
+
+def test_lists_read_back_from_json_are_still_defaults() -> None:
+    options = asdict(ProfileOptions(model="m")) | {"formats": list(ProfileOptions.formats)}
+    assert reproduce({"stages": {"profile": {"options": options}}}, "r")[0] == (
+        "bitplan profile m -o r"
+    )
+
+
+def test_an_unknown_option_is_kept_as_a_note() -> None:
+    stages = {"plan": {"options": {"input_bits": 5.0, "later": 1, "data_hash": "ab", "inputs": {}}}}
+    assert reproduce({"stages": stages}, "r")[0] == "bitplan plan r --input-bits 5.0  # and later"
+
+
+def test_every_spelled_option_is_one_the_command_line_has() -> None:
+    changed = {
+        "profile": ProfileOptions(
+            model="m",
+            data=("a", "b"),
+            tokens=1,
+            seq_len=2,
+            formats=("nvfp4",),
+            weights_only=True,
+            sensitivity=False,
+            device="cpu",
+            seed=3,
+            trust_remote_code=True,
+        ),
+        "plan": PlanOptions(
+            input_bits=5,
+            weight_bits=5,
+            bit_ops=1,
+            bytes=1,
+            time="H200=3",
+            rule="fc2",
+            converge=True,
+            pins=("a=bf16",),
+            formats=("nvfp4",),
+            per_role=True,
+        ),
+        "verify": VerifyOptions(
+            steps=1,
+            tokens=2,
+            seeds=1,
+            batch_size=1,
+            seq_len=2,
+            eval_tokens=3,
+            lr=1.0,
+            data=("a",),
+            arms=("bf16",),
+            device="cpu",
+            seed=1,
+            trust_remote_code=True,
+        ),
+    }
+    stages = {name: {"options": asdict(options)} for name, options in changed.items()}
+    for command in reproduce({"stages": stages}, "run")[:-1]:
+        _, stage, *words = shlex.split(command)
+        shown = CliRunner().invoke(main, [stage, "--help"]).output
+        flags = [word for word in words if word.startswith("--")]
+        assert len(set(flags)) >= 9 or stage == "plan"
+        assert [flag for flag in flags if flag not in shown] == []
