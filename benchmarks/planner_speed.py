@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/planner_speed.py
 
 Instances are synthetic (lognormal sensitivities, the shapes of a 143-block Llama-like model), one
-process on one core; `_s` is wall-clock time, `_cpu_s` the process's own. `average` limits input bits, weight bits and bytes, which add up over sites;
-`pairs` limits bit operations in place of bytes, which needs a variable per pair of formats; its
-frontier is not timed (50 times the solve, which HiGHS does alone).
+process on one core; `_s` is wall-clock time, `_cpu_s` the process's own. `average` limits input
+bits, weight bits and bytes, which add up over sites; `pairs` limits bit operations in place of
+bytes, which needs a variable per pair of formats; its frontier is not timed (50 times the solve,
+which HiGHS does alone).
 Writes benchmarks/results/planner_speed.json.
 """
 

@@ -1,8 +1,8 @@
 """What the statistics cost: python benchmarks/stats_cost.py
 
 Prints CPU time on one thread (so that other work on the machine hardly shows): one update of
-an input [2048, 1536] with and without two formats, its summary, and a training step of a small Llama
-plain, with a Recorder that is not recording, and with one that records every site.
+an input [2048, 1536] with and without two formats, its summary, and a training step of a small
+Llama: plain, with a Recorder that is not recording, and with one that records every site.
 """
 
 import time

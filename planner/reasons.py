@@ -203,6 +203,8 @@ def _alternative(next_best: NextBest, operand: str, in_nats: bool) -> str:
     loss, bits = next_best.delta_loss, next_best.bits
     verb = "save" if loss < 0 else "add"
     price = f"{'cost' if bits >= 0 else 'free'} {abs(bits):.2g} of average {operand} bits"
+    if loss == 0:
+        return f"{next_best.format} would change no prediction and {price}"
     return f"{next_best.format} would {verb} {abs(loss):.2g} {unit} and {price}"
 
 

@@ -57,7 +57,6 @@ def input_terms(x: Tensor, gradient: Tensor, fmt: Format) -> Tensor:
     return torch.cat([_dot(gradient[b], quantize_dequantize(x[b], fmt).sub_(x[b])) for b in blocks])
 
 
-
 def weight_terms(x: Tensor, gradient: Tensor, error: Tensor) -> Tensor:
     """Return each row's d.(E x), [rows].
 

@@ -131,9 +131,8 @@ def _candidates(named: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
 def _walk(root: Path, *, skipped: Collection[str] = ()) -> Iterator[Path]:
     """Yield a directory's files, sorted, without hidden ones and the skipped directories."""
     for place, directories, files in os.walk(root):
-        directories[:] = sorted(
-            d for d in directories if not d.startswith(".") and d not in skipped
-        )
+        kept = (d for d in directories if not d.startswith(".") and d not in skipped)
+        directories[:] = sorted(kept)
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(place, name)

@@ -7,6 +7,7 @@ trace must follow the order of execution, which one pass with plain hooks finds 
 
 import contextlib
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class Tracer:
         self._wrapped = wrapped
         self._names = names
         self._every_pass = every_pass
+        # By path, which a submodule called `output` keeps where nnsight renames its attribute.
+        self._envoys = {
+            path.removeprefix("model."): envoy for path, envoy in wrapped.named_modules()
+        }
         self._order: list[str] | None = None
         self.repeated: tuple[str, ...] = ()
 
@@ -44,7 +49,7 @@ class Tracer:
 
         if self._order is None or self._every_pass:
             self._order, self.repeated = execution_order(self._wrapped._module, self._names, ids)
-        envoys = [(name, self._wrapped.get(name)) for name in self._order]
+        envoys = [(name, self._envoys[name]) for name in self._order]
         with self._wrapped.trace(input_ids=ids, **_no_cache(self._wrapped._module)):
             for name, envoy in envoys:
                 replacement = watcher.on_input(name, envoy.input)
@@ -65,7 +70,10 @@ def traced(model: nn.Module, names: list[str], *, every_pass: bool = False) -> I
     with _plain_argv():
         import nnsight
     try:
-        yield Tracer(nnsight.NNsight(model), names, every_pass=every_pass)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Module .* has a submodule named", UserWarning)
+            tracer = Tracer(nnsight.NNsight(model), names, every_pass=every_pass)
+        yield tracer
     finally:
         _unwrap(model)
 

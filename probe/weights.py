@@ -14,11 +14,10 @@ those of core/sites.py, with the `model_type` of a config.json beside the files.
 weights are counted in the statistics: a file may be probed because it has them.
 """
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,24 +93,22 @@ def profile_weights(
     files = open_weights(source) if isinstance(source, str) else source
     matrices = {matrix.linear.module: matrix for matrix in files.matrices}
     partners = gate_up_partners([matrix.linear for matrix in files.matrices], files.family)
-    with _Reader() as read:
-        for name, matrix in matrices.items():
-            weight = read(matrix).to(device)
-            seen = TensorStats(
-                weight.shape[1], operand="weight", formats=formats, device=weight.device
-            )
-            seen.update(weight)
-            summary = seen.summary()
-            row = site_columns(matrix.linear, "weight") | {"step": 0} | summary.row()
-            if (partner := partners.get(name)) is not None:
-                other = None if partner == name else read(matrices[partner]).to(device)
-                row["gate_up_correlation"] = float(gate_up_correlation(weight, other))
-            site = {"site": row["site"], "step": 0}
-            yield WeightRecord(
-                linear=matrix.linear,
-                row=row,
-                errors=[site | error for error in summary.error_rows()],
-            )
+    read = _Reader().read
+    for name, matrix in matrices.items():
+        weight = read(matrix).to(device)
+        seen = TensorStats(weight.shape[1], operand="weight", formats=formats, device=weight.device)
+        seen.update(weight)
+        summary = seen.summary()
+        row = site_columns(matrix.linear, "weight") | {"step": 0} | summary.row()
+        if (partner := partners.get(name)) is not None:
+            other = None if partner == name else read(matrices[partner]).to(device)
+            row["gate_up_correlation"] = float(gate_up_correlation(weight, other))
+        site = {"site": row["site"], "step": 0}
+        yield WeightRecord(
+            linear=matrix.linear,
+            row=row,
+            errors=[site | error for error in summary.error_rows()],
+        )
 
 
 def open_weights(source: str) -> WeightFiles:
@@ -187,30 +184,31 @@ def gate_up_correlation(weight: Tensor, other: Tensor | None = None) -> Tensor:
 
 
 class _Reader:
-    """Reads matrices from files that stay open until the end of the `with` block."""
+    """Reads matrices; a file is mapped only while a tensor of it is in use."""
 
-    def __enter__(self) -> Callable[[Matrix], Tensor]:
-        self._stack = contextlib.ExitStack()
-        self._open: dict[Path, Any] = {}
-        return self._read
+    def __init__(self) -> None:
+        self._latest: tuple[Path, str, Tensor] | None = None
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _read(self, matrix: Matrix) -> Tensor:
-        """Return a weight as [out_features, in_features], mapped from its file where it can be."""
-        file = self._open.get(matrix.path)
-        if file is None:
-            file = self._stack.enter_context(safe_open(matrix.path, framework="pt"))
-            self._open[matrix.path] = file
-        weight: Tensor = file.get_tensor(matrix.tensor)
-        names = set(file.keys())
-        for suffix in _SCALES:
-            if matrix.tensor + suffix in names:
-                weight = _scaled(weight, file.get_tensor(matrix.tensor + suffix), matrix.tensor)
+    def read(self, matrix: Matrix) -> Tensor:
+        """Return a weight as [out_features, in_features], of the latest tensor without reading."""
+        if self._latest is None or self._latest[:2] != (matrix.path, matrix.tensor):
+            self._latest = None  # unmapped before the next one is mapped
+            self._latest = (matrix.path, matrix.tensor, _tensor(matrix.path, matrix.tensor))
+        weight = self._latest[2]
         if matrix.expert is not None:
             weight = weight[matrix.expert]
         return weight.T if matrix.transposed else weight
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    """Return a tensor mapped from its file, or times its scales where it has some."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        names = set(file.keys())
+        for suffix in _SCALES:
+            if name + suffix in names:
+                return _scaled(tensor, file.get_tensor(name + suffix), name)
+    return tensor
 
 
 def _scaled(weight: Tensor, scale: Tensor, name: str) -> Tensor:

@@ -126,10 +126,10 @@ class Verdict:
             f"{self.heldout_tokens:,} held-out tokens.",
             *self.notes,
             "",
-            f"{self.run}/{VERDICT_FILE} is up to date."
+            f"{self.run}/{VERDICT_FILE} is up to date"
             if self.up_to_date
-            else f"Wrote {self.run}/{VERDICT_FILE} and {self.run}/arms/.",
-            f"Next: bitplan report {self.run}",
+            else f"wrote {self.run}/{VERDICT_FILE}, {self.run}/arms/",
+            f"next: bitplan report {self.run}",
         ]
         return "\n".join(lines)
 

@@ -21,6 +21,7 @@ UNITS = {
     "time_ms": "ms",
 }
 BLOCKS_BESIDE = 10
+SITE_ROWS = 1000
 
 
 def section(name: str, title: str, lead: str, *children: Markup | None) -> Markup:
@@ -131,11 +132,17 @@ def sensitivity(run: Run, name: str) -> Markup:
             name, title, lead, missing("Not measured yet (needs text, not only weights):", command)
         )
     top = points.sort("delta_loss", descending=True)
+    shown = summary.thin_points(points)
+    cut = (
+        f" {shown.height:,} of {points.height:,} points are drawn."
+        if shown.height < points.height
+        else ""
+    )
     drawn = figure(
         name + "-scatter",
-        charts.sensitivity_scatter(points),
+        charts.sensitivity_scatter(shown),
         title=f"Kurtosis against loss at {low}",
-        takeaway=words.sensitivity(points),
+        takeaway=words.sensitivity(points) + cut,
         data=top,
         note=weights_note(run) if "weight" in points["operand"] else None,
     )
@@ -192,8 +199,10 @@ def _site_table(sites: pl.DataFrame, title: str, *, shown: bool) -> Markup | Non
         return None
     rows = [
         [el("code", row["site"]), row["format"], _loss(row["delta_loss"]), row["reason"] or ""]
-        for row in sites.iter_rows(named=True)
+        for row in sites.head(SITE_ROWS).iter_rows(named=True)
     ]
+    if sites.height > SITE_ROWS:
+        rows.append([f"{sites.height - SITE_ROWS:,} more in plan.json", "", "", ""])
     header = ["site", "format", "predicted loss", "reason"]
     content = table(header, rows, class_="sites")
     return el("details", el("summary", title), content, class_="sites", open=shown)

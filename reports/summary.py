@@ -15,6 +15,7 @@ from bitplan.sites import PLANNED_ROLES, ROLES, Linear, Site, describe
 
 OPTIMAL, CHOSEN = "optimal", "plan"
 LABEL_GAP = 0.035
+MOST_POINTS = 1500
 NAME_LENGTH = 80
 TOKEN_LENGTH = 40
 
@@ -115,6 +116,25 @@ def sensitivity_points(
         .select("site", "role", "block", "operand", "kurtosis", "delta_loss", "method")
         .sort("site")
     )
+
+
+def thin_points(points: pl.DataFrame) -> pl.DataFrame:
+    """Return at most MOST_POINTS: the extremes of both axes, and of the rest every so many-th.
+
+    A mixture of many experts has tens of thousands of sites, more than a browser draws at ease.
+    """
+    if points.height <= MOST_POINTS:
+        return points
+    third = MOST_POINTS // 3
+    extreme = pl.concat(
+        [
+            points.sort(pl.col(name).abs(), descending=True, maintain_order=True).head(third)
+            for name in ("delta_loss", "kurtosis")
+        ]
+    ).unique(maintain_order=True)
+    rest = points.join(extreme, on="site", how="anti", maintain_order="left")
+    room = MOST_POINTS - extreme.height
+    return pl.concat([extreme, rest.gather_every(-(-rest.height // room))])
 
 
 def plan_sites(plan: dict[str, object]) -> pl.DataFrame:

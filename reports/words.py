@@ -178,18 +178,24 @@ def _against_rules(points: pl.DataFrame, cost: float, value: float) -> str:
 
 
 def _below_the_line(points: pl.DataFrame) -> str:
-    """Explain rules that beat the best plan of their cost: they spend more of something else."""
+    """Name the rules that beat the best plans of their cost by spending more of something else."""
     best = points.filter(pl.col("label") == summary.OPTIMAL)
+    elsewhere = [c for c in ("weight_bits", "input_bits") if not best[c].equals(best["cost"])]
     names = []
     for rule in summary.rules(points).sort("label").iter_rows(named=True):
-        reachable = best.filter(pl.col("cost") <= rule["cost"] * (1 + 1e-6))
-        floor = reachable["value"].min()
-        if floor is not None and rule["value"] < floor * (1 - 1e-6):  # type: ignore[operator]
+        reachable: list[float] = best.filter(pl.col("cost") <= rule["cost"])["value"].to_list()
+        spends_more = any(
+            rule[column] > max(known) * (1 + 1e-6)
+            for column in elsewhere
+            if rule[column] is not None and (known := best[column].drop_nulls().to_list())
+        )
+        if reachable and rule["value"] < min(reachable) and spends_more:
             names.append(rule["label"])
     if not names:
         return ""
-    verb = "lies" if len(names) == 1 else "lie"
-    return f" {listed(names)} {verb} below the line by spending more of what it holds fixed."
+    rules = "Rules" if len(names) > 1 else "The rule"
+    verb = "spend" if len(names) > 1 else "spends"
+    return f" {rules} below the line ({', '.join(names)}) {verb} more of what it holds fixed."
 
 
 def deltas_in_training(curves: pl.DataFrame) -> str:

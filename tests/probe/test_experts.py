@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+
 from bitplan.errors import CheckpointError
 from bitplan.probe.experts import Expert, unfuse_experts
 from bitplan.probe.modules import find_linears

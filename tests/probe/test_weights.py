@@ -283,8 +283,8 @@ def test_tensors_are_read_when_their_turn_comes(
         read.append(matrix.tensor)
         return original(self, matrix)
 
-    original = weights._Reader._read
-    monkeypatch.setattr(weights._Reader, "_read", counted)
+    original = weights._Reader.read
+    monkeypatch.setattr(weights._Reader, "read", counted)
     names = [f"layers.{i}.self_attn.o_proj.weight" for i in range(3)]
     source = save(tmp_path / "w.safetensors", {name: randn(4, 4) for name in names})
     for count, _ in enumerate(profile_weights(source), start=1):

@@ -108,7 +108,7 @@ def test_every_arm_leaves_its_files_and_the_verdict_adds_up(
     lines = found.as_text().splitlines()
     assert lines[0].startswith(found.verdict)
     assert any(line.startswith("planned-weights") and "(as w4a16)" in line for line in lines)
-    assert lines[-1] == f"Next: bitplan report {at.run}"
+    assert lines[-1] == f"next: bitplan report {at.run}"
 
 
 def test_the_same_options_twice_are_up_to_date(

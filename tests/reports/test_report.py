@@ -194,6 +194,28 @@ def test_a_demo_sized_report_is_small(make_run: MakeRun) -> None:
     assert write_report([path]).size_bytes < 1_500_000
 
 
+def test_many_experts_still_make_a_report_that_opens(make_run: MakeRun) -> None:
+    path = make_run(stages=("profile", "plan"), blocks=4, experts=128)
+    result = write_report([path])
+    html = (path / "report.html").read_text()
+    assert result.size_bytes < 2_000_000
+    assert "points are drawn." in html
+    assert "more in plan.json" in html
+
+
+def test_trainings_under_way_are_shown_before_there_is_a_verdict(make_run: MakeRun) -> None:
+    path = make_run(seeds=1, steps=4)
+    manifest = json.loads((path / "run.json").read_text())
+    del manifest["stages"]["verify"]
+    (path / "run.json").write_text(json.dumps(manifest))
+    (path / "verdict.json").unlink()
+    write_report([path])
+    html = (path / "report.html").read_text()
+    assert {"r1-training-delta", "r1-training-loss"} <= charts_of(html).keys()
+    assert "training has not verified it yet" in html
+    assert "No verdict yet: <code>bitplan verify run</code>" in html
+
+
 def test_bad_input_leaves_the_old_report(make_run: MakeRun) -> None:
     path = make_run(stages=("profile",))
     write_report([path])

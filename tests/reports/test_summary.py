@@ -173,3 +173,22 @@ def test_long_names_are_cut_in_the_middle() -> None:
     cut = summary.shorten("a" * 300 + "down_proj:input")
     assert len(cut) <= summary.NAME_LENGTH
     assert cut.endswith("down_proj:input")
+
+
+def test_thinned_points_keep_the_extremes() -> None:
+    n = 10_000
+    points = pl.DataFrame(
+        {
+            "site": [f"s{i}" for i in range(n)],
+            "delta_loss": [((i * 7919) % n - 3000) / n for i in range(n)],
+            "kurtosis": [float((i * 104729) % n) for i in range(n)],
+        }
+    )
+    kept = summary.thin_points(points)
+    assert kept.height <= summary.MOST_POINTS
+    assert kept.height > 0.8 * summary.MOST_POINTS
+    assert kept["site"].is_unique().all()
+    assert kept["kurtosis"].max() == points["kurtosis"].max()
+    assert kept["delta_loss"].max() == points["delta_loss"].max()
+    few = points.head(summary.MOST_POINTS)
+    assert summary.thin_points(few).equals(few)

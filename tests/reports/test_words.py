@@ -126,9 +126,13 @@ def test_a_plan_is_counted_by_operand_and_role() -> None:
 
 
 def frontier(**rules: float) -> pl.DataFrame:
-    rows = [{"label": "optimal", "cost": 5.0, "value": 0.02}]
-    rows += [{"label": name, "cost": 5.0, "value": value} for name, value in rules.items()]
-    return pl.DataFrame(rows).with_columns(measure=pl.lit("change of loss (nats per token)"))
+    rows = [{"label": "optimal", "cost": 5.0, "value": 0.02, "weight_bits": 4.0}]
+    rows += [
+        {"label": name, "cost": 5.0, "value": value, "weight_bits": 4.0}
+        for name, value in rules.items()
+    ]
+    measure = pl.lit("change of loss (nats per token)")
+    return pl.DataFrame(rows).with_columns(measure=measure, input_bits="cost")
 
 
 CHOSEN = {"cost": 5.0, "value": 0.02}
@@ -156,12 +160,13 @@ def test_a_dearer_rule_is_not_compared_with() -> None:
 
 
 def test_rules_that_spend_more_elsewhere_are_explained() -> None:
-    table = frontier(fc2=0.001).with_columns(
-        cost=pl.when(pl.col("label") == "fc2").then(6.0).otherwise("cost")
-    )
+    dearer = pl.col("label") == "fc2"
+    table = frontier(fc2=0.001).with_columns(weight_bits=pl.when(dearer).then(8.0).otherwise(4.0))
     assert words.frontier(table, CHOSEN, "bits").endswith(
-        "fc2 lies below the line by spending more of what it holds fixed."
+        " The rule below the line (fc2) spends more of what it holds fixed."
     )
+    # Between two points of the line a rule may lie below the last one, and spend nothing else.
+    assert "below the line" not in words.frontier(frontier(fc2=0.001), CHOSEN, "bits")
     assert "below the line" not in words.frontier(frontier(fc2=0.03), CHOSEN, "bits")
 
 
