@@ -23,7 +23,7 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.probe.modules import find_linears
 from bitplan.qat.arms import ARMS
 from bitplan.qat.convert import convert
-from bitplan.qat.train import sequence_losses
+from bitplan.qat.recipe import sequence_losses
 from bitplan.rundir import read_json
 from bitplan.sites import PLANNED_ROLES, Site
 

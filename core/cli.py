@@ -248,7 +248,7 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
     Exit code 1 means the answer is no (activation-limited, weight-limited or undetermined).
     A killed verify continues where it stopped when it is called again.
 
-    Example: bitplan verify run --tokens 65536
+    Example: bitplan verify run --tokens 65536 --seeds 3
     """
     from bitplan.qat.verify import verify_plan
 

@@ -70,15 +70,15 @@ class VerifyOptions:
     """Optimizer steps per arm; default from `tokens`."""
     tokens: int | None = None
     """Training tokens per arm; default DEFAULT_TOKENS."""
-    seeds: int = 3
+    seeds: int = 5
     """Seeds per arm; each fixes one data order, shared by all arms."""
     batch_size: int = 8
     """Sequences per optimizer step."""
     seq_len: int = 256
     """Tokens per sequence."""
-    eval_tokens: int = 16_384
+    eval_tokens: int = 24_576
     """Held-out tokens that final losses are measured on."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """Peak learning rate."""
     data: tuple[str, ...] = ()
     """Text files or directories; empty: the sources of Python's standard library."""
@@ -91,4 +91,4 @@ class VerifyOptions:
     trust_remote_code: bool = False
     """Let the checkpoint's own Python code run."""
 
-    DEFAULT_TOKENS = 40_960
+    DEFAULT_TOKENS = 20_480

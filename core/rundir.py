@@ -8,6 +8,7 @@ tables. Files are written beside their place, synced and renamed; one process wr
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -103,7 +104,8 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Return the versions results depend on: Python and the libraries that compute them."""
     names = (
         "bitplan",
@@ -199,7 +201,7 @@ class RunDir:
         """Return what identifies this run's results: schema, model, data, versions."""
         keys = ("schema", "model", "data", "seed")
         return {key: self.manifest[key] for key in keys if key in self.manifest} | {
-            "versions": versions()
+            "versions": dict(versions())
         }
 
     def _table_bytes(self, frame: Any) -> bytes:
@@ -292,7 +294,7 @@ class RunDir:
             "hashes": {name: file_hash(self.path / name) for name in files},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        self.manifest = {**self.manifest, **facts, "versions": versions()}
+        self.manifest = {**self.manifest, **facts, "versions": dict(versions())}
         self.manifest["stages"] = {**self.manifest.get("stages", {}), stage: entry}
         write_json(self.path / MANIFEST, self.manifest)
 

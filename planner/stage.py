@@ -81,9 +81,7 @@ def make_plan(run: Path, options: PlanOptions) -> PlanResult:
                     up_to_date=True,
                 )
         plan, points = _plan(directory, options)
-        directory.write_table(FRONTIER_FILE, points)
-        directory.write_json(PLAN_FILE, plan.as_json())
-        directory.finish("plan", key, [PLAN_FILE, FRONTIER_FILE])
+        directory.commit("plan", key, {FRONTIER_FILE: points}, {PLAN_FILE: plan.as_json()})
     return PlanResult(run=run, plan=plan, frontier=points, up_to_date=False)
 
 

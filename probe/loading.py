@@ -91,6 +91,11 @@ def read_model(directory: Path, source: str, config: Any, options: dict[str, Any
         )
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    if model.main_input_name != "input_ids":
+        raise CheckpointError(
+            f"{source}: {type(model).__name__} reads {model.main_input_name} and not tokens; "
+            "bitplan takes causal language models and encoders of text"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(

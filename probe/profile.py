@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from bitplan.errors import DataError
+from bitplan.errors import CheckpointError, DataError
 from bitplan.formats import Format, parse_format
 from bitplan.options import ProfileOptions
 from bitplan.probe.checkpoint import (
@@ -148,15 +148,15 @@ def _weights_only(
 
 
 def _calibration_ids(checkpoint: Checkpoint, corpus: Corpus, options: ProfileOptions) -> Tensor:
-    """Return the calibration tokens [sequences, seq_len]; raise DataError where they do not fit."""
-    config: Any = checkpoint.model.config
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Return the calibration tokens [sequences, seq_len]; raise where they do not fit."""
+    model: Any = checkpoint.model
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and options.seq_len > longest:
         raise DataError(
             f"sequences of {options.seq_len} tokens were asked for, {options.model} takes "
             f"{longest} at the most: pass --seq-len {longest}"
         )
-    return tokenize(
+    ids = tokenize(
         corpus,
         checkpoint.tokenizer,
         "calibration",
@@ -164,6 +164,13 @@ def _calibration_ids(checkpoint: Checkpoint, corpus: Corpus, options: ProfileOpt
         seq_len=options.seq_len,
         seed=options.seed,
     )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (largest := int(ids.max())) >= vocabulary:
+        raise CheckpointError(
+            f"{options.model}: its tokenizer writes token {largest}, its embedding has "
+            f"{vocabulary}: they do not belong together"
+        )
+    return ids
 
 
 def _notes(
@@ -273,14 +280,10 @@ def _write(
     facts: Mapping[str, Any],
     notes: Sequence[str],
 ) -> ProfileResult:
-    """Write the tables and the manifest, and drop what an earlier profile left."""
-    # The tables' provenance is read from the manifest, which is written last.
-    target.manifest = {**target.manifest, **facts}
-    for name, frame in frames.items():
-        target.write_table(name, frame)
+    """Write the tables and the manifest together, and drop what an earlier profile left."""
+    target.commit(STAGE, asked, frames, **facts, notes=list(notes))
     if SENSITIVITY.file not in frames:
         (target.path / SENSITIVITY.file).unlink(missing_ok=True)
-    target.finish(STAGE, asked, list(frames), **facts, notes=list(notes))
     return _result(target, up_to_date=False)
 
 

@@ -1,11 +1,9 @@
 """One arm: some steps of training from the checkpoint under its formats, then the held-out loss.
 
-The paper's recipe (arXiv 2505.14302, section 4): AdamW (0.9, 0.95), weight decay 0.1 on matrices,
-gradients clipped to norm 1, a short warmup, then a cosine to a tenth of the peak. All arms share
-the recipe, the initial weights and, for a seed, the batches in their order and the dropout masks;
-only the formats differ. Accelerate runs it: bf16 autocast on GPUs, where several processes share
-each batch, and float32 on CPUs, where the same numbers count more than speed: autocast took two
-thirds of the time on a CPU with bf16 instructions, which many lack.
+All arms share the recipe (recipe.py), the initial weights and, for a seed, the batches in their
+order and the dropout masks; only the formats differ. Accelerate runs them: bf16 autocast on GPUs,
+where several processes share each batch, and float32 on CPUs, where the same numbers everywhere
+count more than speed (autocast took two thirds of the time on one CPU with bf16 instructions).
 
 A step depends on the weights, the optimizer's state and its own index alone. So a state written
 every minute is enough to go on after a kill with the very losses an uninterrupted run would have.
@@ -19,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 import torch
@@ -27,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bitplan.errors import RunError, TrainingError
 from bitplan.probe.modules import find_linears
@@ -36,29 +33,11 @@ from bitplan.progress import track
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.convert import convert
+from bitplan.qat.recipe import Recipe, learning_rate, make_optimizer, sequence_losses
 from bitplan.rundir import RunDir, content_hash, write_atomic
 from bitplan.tables import HELDOUT, METRICS, PROFILE
 
 SAVE_EVERY_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How every arm is trained."""
-
-    steps: int
-    batch_size: int
-    seq_len: int
-    lr: float
-    """Peak learning rate."""
-    final_lr_share: float = 0.1
-    warmup_share: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    """Applied to parameters of two dimensions or more."""
-    clip_norm: float = 1.0
-    records: int = 2
-    """How often statistics are recorded: half way and at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,26 +75,6 @@ def make_accelerator(device: torch.device) -> Accelerator:
         return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the rate of step `step`, from 0: linear warmup, then a cosine to the final share."""
-    warmup = max(1, round(recipe.warmup_share * recipe.steps))
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - warmup)
-    final = recipe.final_lr_share
-    return recipe.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return each sequence's mean next-token loss, [sequence], nats; ids: [sequence, seq_len]."""
-    logits = model(input_ids=ids).logits.float()
-    # The last position has no next token. Ignoring it costs less than slicing it off: the logits
-    # are the largest tensor of small models.
-    following = F.pad(ids[:, 1:], (0, 1), value=-100)
-    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
-    return losses.view(ids.shape).sum(1) / (ids.shape[1] - 1)
-
-
 def train_arm(
     run: RunDir,
     model: nn.Module,
@@ -129,6 +88,11 @@ def train_arm(
     Goes on from the state of an interrupted training of the same job. Raises TrainingError where
     the loss stops being finite and where memory runs out; the last state stays in place.
     """
+    if job.recipe.batch_size % accelerator.num_processes:
+        raise TrainingError(
+            f"{job.recipe.batch_size} sequences a step cannot be shared by "
+            f"{accelerator.num_processes} processes: give a multiple of that with --batch-size"
+        )
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _memory(job):
         training = _Training(run, model, job, accelerator)
@@ -171,7 +135,7 @@ class _Training:
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
         self.sites = len(convert(plain, job.formats).converted)
-        self.model, self.optimizer = accelerator.prepare(plain, _optimizer(plain, job.recipe))
+        self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
@@ -267,7 +231,7 @@ class _Training:
             "metrics": self.metrics,
             "stats": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8),
         }
-        write_atomic(self.path, lambda file: torch.save(state, file))
+        write_atomic(self.path, lambda file: _write_state(state, file))
 
     def resume(self) -> None:
         """Go on from the state of an interrupted training of this job, if there is one."""
@@ -318,14 +282,14 @@ class _Training:
         return record
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW over all parameters, with weight decay on the matrices alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+def _write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Write a state; a full disk stays the OSError it is, which torch hides in a RuntimeError."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

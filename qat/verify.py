@@ -23,8 +23,9 @@ from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.qat import record as files
 from bitplan.qat import verdict as arithmetic
 from bitplan.qat.arms import ARMS, BASELINE, RATIOS, Arm, select_arms
+from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, ArmResult, Verdict, sentence
-from bitplan.qat.train import Job, Recipe, make_accelerator, train_arm
+from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.qat.verdict import Interval
 from bitplan.rundir import RunDir, content_hash
 

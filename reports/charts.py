@@ -96,7 +96,7 @@ def outlier_map(cells: pl.DataFrame, stops: Sequence[float], *, legend: bool = T
     labels = base.mark_text(fontSize=11).encode(
         text="text:N",
         color=alt.condition(
-            alt.datum.kurtosis > stops[3] * 0.6,
+            alt.datum.kurtosis > math.sqrt(stops[2] * stops[3]),
             alt.value("theme:on_hot"),
             alt.value("theme:on_cool"),
         ),
@@ -145,8 +145,9 @@ def error_chart(errors: pl.DataFrame, domain: Sequence[float]) -> Chart:
 
 
 def _line_color(color: str) -> str:
-    """Return the color for lines and dots: the palest neutral is for areas only."""
-    return {"theme:low": "theme:low3", "theme:low3": "theme:low"}.get(color, color)
+    """Return the color for lines and dots: the pale neutrals are for areas only."""
+    dark = {"theme:low": "theme:low3", "theme:low2": "theme:muted", "theme:low3": "theme:ink"}
+    return dark.get(color, color)
 
 
 def _signed_log(values: pl.Series) -> tuple[alt.Scale, list[float]]:
@@ -233,7 +234,7 @@ def plan_map(cells: pl.DataFrame, formats: Sequence[str]) -> Chart:
             "format:N",
             title=None,
             scale=alt.Scale(domain=ordered, range=[colors[f] for f in ordered]),
-            legend=alt.Legend(symbolType="square"),
+            legend=alt.Legend(symbolType="square", columns=3),
         )
     )
     labels = base.mark_text(fontSize=11).encode(

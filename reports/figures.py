@@ -25,7 +25,7 @@ def figure(
     """
     width = None
     if columns is not None:
-        width = f"min-width:{90 + 13 * columns}px;max-width:{110 + 64 * columns}px"
+        width = f"min-width:{90 + 13 * columns}px;max-width:{max(440, 110 + 64 * columns)}px"
     return el(
         "figure",
         el("h3", title),

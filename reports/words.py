@@ -131,25 +131,34 @@ def _place(row: Mapping[str, Any]) -> str:
 
 
 def plan(sites: pl.DataFrame) -> str:
-    """Say how many sites of each operand are above the base format, and of which roles."""
+    """Say how many sites of each operand are above the lowest bits, and of which roles."""
     sites = sites.filter("planned")
-    bases = summary.base_formats(sites)
     raised = summary.raised_sites(sites)
     parts = []
-    for operand, base in bases.items():
-        count = sites.filter(pl.col("operand") == operand).height
-        mine = raised.filter(pl.col("operand") == operand)
-        if mine.is_empty():
-            rest = f"all {count:,} {operand}s stay" if count > 1 else f"the {operand} stays"
-            parts.append(f"{rest} at {base}")
+    for operand in summary.base_formats(sites):
+        mine = sites.filter(pl.col("operand") == operand)
+        base = _lowest(mine)
+        above = raised.filter(pl.col("operand") == operand)
+        if above.is_empty():
+            rest = f"all {mine.height:,} {operand}s stay"
+            parts.append(f"{rest if mine.height > 1 else f'the {operand} stays'} at {base}")
             continue
-        by_role = mine.group_by("role").len().sort("len", "role", descending=[True, False])
+        by_role = above.group_by("role").len().sort("len", "role", descending=[True, False])
         roles = listed([f"{n} {role_name(role)}" for role, n in by_role.iter_rows()])
-        parts.append(f"{mine.height:,} of {plural(count, operand)} are above {base} ({roles})")
+        parts.append(
+            f"{above.height:,} of {plural(mine.height, operand)} are above {base} ({roles})"
+        )
     if not parts:
         return "The plan names no site."
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _lowest(sites: pl.DataFrame) -> str:
+    """Name the format of the fewest bits, or the bits where several formats share them."""
+    bits = min(sites["bits"].to_list())
+    names = sites.filter(pl.col("bits") == bits)["format"].unique().to_list()
+    return names[0] if len(names) == 1 else f"{bits} bits"
 
 
 def frontier(points: pl.DataFrame, chosen: Mapping[str, float] | None, unit: str) -> str:

@@ -278,6 +278,13 @@ def test_bad_input_leaves_nothing(options, tmp_path, change, error, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_of_another_model_is_refused(save, options, tmp_path):
+    model = save("llama", vocab_size=100, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        profile_checkpoint(tmp_path / "run", replace(options, model=str(model)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_leaves_what_was_there(options, tmp_path):
     profile_checkpoint(tmp_path, replace(options, tokens=64))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

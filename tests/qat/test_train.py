@@ -1,5 +1,7 @@
 """One arm: deterministic, resumable to the bit, and clear about what stops it."""
 
+import errno
+import io
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +18,9 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
 from bitplan.qat import train
 from bitplan.qat.arms import ARMS
-from bitplan.qat.train import Job, Recipe, learning_rate, make_accelerator, train_arm
-from bitplan.rundir import RunDir
+from bitplan.qat.recipe import Recipe, learning_rate
+from bitplan.qat.train import Job, make_accelerator, train_arm
+from bitplan.rundir import RunDir, write_atomic
 from bitplan.tables import METRICS, PROFILE
 
 RECIPE = Recipe(steps=5, batch_size=2, seq_len=24, lr=1e-3)
@@ -160,6 +163,20 @@ def test_a_damaged_state_is_named(model: Any, job: Job, run: Callable[[str], Run
     path.write_bytes(b"no state")
     with pytest.raises(RunError, match=r"state\.pt cannot be read"):
         train_arm(directory, model, job, make_accelerator(CPU))
+
+
+def test_a_full_disk_says_so_and_leaves_the_last_state(tmp_path: Path) -> None:
+    path = tmp_path / files.STATE_FILE
+    path.write_bytes(b"the last one")
+
+    class Full(io.BytesIO):
+        def write(self, *_: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match=r"state\.pt: No space left on device; what was there"):
+        write_atomic(path, lambda _: train._write_state({"a": torch.zeros(8)}, Full()))
+    assert path.read_bytes() == b"the last one"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_training_lowers_the_loss(model: Any, job: Job, run: Callable[[str], RunDir]) -> None:

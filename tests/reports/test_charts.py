@@ -211,6 +211,8 @@ def test_text_can_be_read_and_marks_be_seen(palette: dict[str, str]) -> None:
         ("on_hot", "heat5"),
     ):
         assert contrast(palette[text], palette[paper]) >= 4.5, (text, paper)
+    for text, cell in (("on_cool", "heat2"), ("on_hot", "heat3")):
+        assert contrast(palette[text], palette[cell]) >= 3.9, (text, cell)
     for mark in ("qkv", "o", "fc1", "fc2", "w4a16", "w16a4", "planned", "bf16", "low3", "eight"):
         needed = 2.8 if mark == "low3" else 3.0
         assert contrast(palette[mark], palette["paper"]) >= needed, mark

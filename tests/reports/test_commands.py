@@ -12,12 +12,12 @@ def test_only_what_differs_from_the_defaults_is_spelled() -> None:
     stages = {
         "profile": {"options": asdict(ProfileOptions(model="/my models/x", sensitivity=False))},
         "plan": {"options": asdict(PlanOptions(input_bits=5.5, pins=("*.0.*=bf16", "a=bf16")))},
-        "verify": {"options": asdict(VerifyOptions(seeds=5, arms=("bf16", "w4a4")))},
+        "verify": {"options": asdict(VerifyOptions(seeds=97, arms=("bf16", "w4a4")))},
     }
     assert reproduce({"stages": stages}, "run") == [
         "bitplan profile '/my models/x' -o run --no-sensitivity",
         "bitplan plan run --input-bits 5.5 --pin '*.0.*=bf16' --pin a=bf16",
-        "bitplan verify run --seeds 5 --arms bf16,w4a4",
+        "bitplan verify run --seeds 97 --arms bf16,w4a4",
         "bitplan report run",
     ]
 

@@ -125,6 +125,19 @@ def test_a_plan_is_counted_by_operand_and_role() -> None:
     )
 
 
+def test_several_formats_of_the_lowest_bits_are_told_by_their_bits() -> None:
+    sites = plan_of(
+        ("input", "fc2", "int8-g128"),
+        ("input", "o", "int4-g128"),
+        ("input", "qkv", "nvfp4"),
+        ("weight", "qkv", "mxfp4"),
+        ("weight", "o", "int4-g128"),
+    )
+    assert words.plan(sites) == (
+        "1 of 3 inputs are above 4 bits (1 FC2); all 2 weights stay at 4 bits."
+    )
+
+
 def frontier(**rules: float) -> pl.DataFrame:
     rows = [{"label": "optimal", "cost": 5.0, "value": 0.02, "weight_bits": 4.0}]
     rows += [

@@ -1,0 +1,61 @@
+"""How every arm is trained: the paper's recipe (arXiv 2505.14302, section 4) as pure functions.
+
+AdamW (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to norm 1, a short warmup, then a
+cosine to a tenth of the peak. The learning rate and the length are the user's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How every arm is trained."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    """Peak learning rate."""
+    final_lr_share: float = 0.1
+    warmup_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """Applied to parameters of two dimensions or more."""
+    clip_norm: float = 1.0
+    records: int = 2
+    """How often statistics are recorded: half way and at the end."""
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Return the rate of step `step`, from 0: linear warmup, then a cosine to the final share."""
+    warmup = max(1, round(recipe.warmup_share * recipe.steps))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    final = recipe.final_lr_share
+    return recipe.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return each sequence's mean next-token loss, [sequence], nats; ids: [sequence, seq_len]."""
+    logits = model(input_ids=ids).logits.float()
+    # The last position has no next token. Ignoring it costs less than slicing it off: the logits
+    # are the largest tensor of small models.
+    following = F.pad(ids[:, 1:], (0, 1), value=-100)
+    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+    return losses.view(ids.shape).sum(1) / (ids.shape[1] - 1)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return AdamW over all parameters, with weight decay on the matrices alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
