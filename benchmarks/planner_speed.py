@@ -13,7 +13,6 @@ Writes benchmarks/results/planner_speed.json.
 import datetime
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from bitplan.planner.budgets import BUDGETS, Limit, objective
 from bitplan.planner.frontier import frontier
 from bitplan.planner.problem import Problem, read_problem
 from bitplan.planner.search import Search
-from bitplan.rundir import versions
+from bitplan.rundir import hardware, versions
 from bitplan.sites import Linear, describe
 from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
 
@@ -144,14 +143,6 @@ def measure(seed: int, name: str, *, fuse: bool) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
-
-
 def main() -> None:
     """Run every case and write the results."""
     if hasattr(os, "sched_setaffinity"):
@@ -174,7 +165,7 @@ def main() -> None:
     result = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/planner_speed.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{processor()}, one core",
+        "hardware": f"{hardware()}, one of them used",
         "load_average_1min": round(os.getloadavg()[0], 1),
         "versions": versions(),
         "summary": summary,

@@ -124,6 +124,21 @@ def versions() -> Mapping[str, str]:
     return found
 
 
+@functools.cache
+def hardware() -> str:
+    """Return the processor's name and its number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    usable = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    return f"{name}, {len(usable)} cores"
+
+
 class RunDir:
     """A run directory: its manifest, its tables and its lock.
 
@@ -294,7 +309,12 @@ class RunDir:
             "hashes": {name: file_hash(self.path / name) for name in files},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        self.manifest = {**self.manifest, **facts, "versions": dict(versions())}
+        self.manifest = {
+            **self.manifest,
+            **facts,
+            "hardware": hardware(),
+            "versions": dict(versions()),
+        }
         self.manifest["stages"] = {**self.manifest.get("stages", {}), stage: entry}
         write_json(self.path / MANIFEST, self.manifest)
 

@@ -34,7 +34,7 @@ from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import Recipe, learning_rate, make_optimizer, sequence_losses
-from bitplan.rundir import RunDir, content_hash, write_atomic
+from bitplan.rundir import RunDir, content_hash, hardware, write_atomic
 from bitplan.tables import HELDOUT, METRICS, PROFILE
 
 SAVE_EVERY_S = 60.0
@@ -267,6 +267,7 @@ class _Training:
                 "train_last": self.metrics[-1]["loss"],
             },
             "seconds": self.seconds,
+            "hardware": _hardware(self.accelerator),
             "provenance": self.directory.provenance(),
         }
         if self.accelerator.is_main_process:
@@ -290,6 +291,12 @@ def _write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    return hardware()
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

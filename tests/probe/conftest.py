@@ -1,7 +1,7 @@
 """Tiny models of every family, built from configs, and checkpoints of them on disk."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,3 @@ def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (f"line {line} of file {index}: {line * index % 97}\n" for line in range(60))
         (directory / f"{index:02}.txt").write_text("".join(lines))
     return directory
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

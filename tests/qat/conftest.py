@@ -1,7 +1,7 @@
 """A tiny checkpoint on disk with a byte-level tokenizer, text, and a run directory with a plan."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,11 +186,3 @@ def ready(tmp_path: Path, checkpoints: Callable[[str], Path], text: Path) -> Cal
         return Ready(tmp_path / name, VerifyOptions(**(asked | options)), plan)
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors gain nothing from more
-    yield
-    torch.set_num_threads(threads)
