@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from bitplan.options import ProfileOptions
 from bitplan.probe.checkpoint import Checkpoint, load_checkpoint
 from bitplan.probe.text import load_text, tokenize
 from bitplan.progress import track
-from bitplan.rundir import versions, write_json
+from bitplan.rundir import hardware, versions, write_json
 
 RESULT = Path(__file__).parent / "results" / "profile_cost.json"
 GOAL_RATIO = 6.0
@@ -135,8 +134,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[2], 1),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "hardware": hardware(),
         "versions": versions(),
     }
     write_json(asked.output, result)

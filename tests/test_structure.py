@@ -74,3 +74,15 @@ def test_the_package_lists_every_folder_and_module() -> None:
     assert set(config["packages"]) == set(config["package-dir"])
     nested = [p for folder in ALLOWED for p in (ROOT / folder).glob("*/__init__.py")]
     assert nested == [], "a nested package must be listed in pyproject.toml"
+
+
+def test_the_package_carries_every_file_that_is_not_code() -> None:
+    import fnmatch
+    import tomllib
+
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package, folder in config["package-dir"].items():
+        patterns = config["package-data"].get(package, [])
+        inside = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".py"]
+        names = [str(p.relative_to(ROOT / folder)) for p in inside if "__pycache__" not in p.parts]
+        assert [n for n in names if not any(fnmatch.fnmatch(n, p) for p in patterns)] == []
