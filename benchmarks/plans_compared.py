@@ -1,0 +1,67 @@
+"""Plans against each other after training: bitplan's choice, the paper's rule, and `--converge`.
+
+    python benchmarks/plans_compared.py RUN
+
+RUN is a run directory that `bitplan demo` or `profile` made; it is copied, not changed. For each
+row of PLANS the copy is planned and verified with the default options: arms that do not depend on
+the plan are trained once. Writes benchmarks/results/plans_compared.json.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bitplan.options import PlanOptions, VerifyOptions
+from bitplan.planner.stage import make_plan
+from bitplan.qat.verify import verify_plan
+from bitplan.rundir import RunDir, hardware, versions, write_json
+
+RESULT = Path(__file__).parent / "results" / "plans_compared.json"
+PLANS = {
+    "bitplan, at the input bits of fc2": PlanOptions(),
+    "the paper's rule: every FC2 input": PlanOptions(rule="fc2"),
+    "bitplan plan --converge": PlanOptions(converge=True),
+}
+
+
+def row(run: Path, options: PlanOptions) -> dict[str, Any]:
+    """Plan and verify, and return what was predicted and measured."""
+    plan = make_plan(run, options).plan.as_json()
+    verdict = verify_plan(run, VerifyOptions()).as_json()
+    deltas = ("w4a4", "planned", "planned-weights", "planned-inputs")
+    return {
+        "input_bits": plan["predicted"]["input_bits"],
+        "weight_bits": plan["predicted"]["weight_bits"],
+        "predicted_delta_loss_nats": plan["predicted"]["delta_loss"],
+        "predicted_R": plan["predicted"]["R"],
+        "delta_nats": {arm: verdict["delta"][arm] for arm in deltas},
+        "R": verdict["R"],
+        "verdict": verdict["verdict"],
+        "seeds": verdict["seeds"],
+        "tokens": verdict["tokens"],
+    }
+
+
+def main() -> None:
+    """Compare, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path)
+    source = parser.parse_args().run
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(source, Path(folder) / "run"))
+        rows = {name: row(run, options) for name, options in PLANS.items()}
+        model = RunDir.open(run).manifest["model"]
+    for name, found in rows.items():
+        planned, after = found["delta_nats"]["planned"], found["R"]["after"]
+        print(f"{name:36}{found['input_bits']:8.3f}{planned['estimate']:9.4f}  R {after}")
+    RESULT.parent.mkdir(exist_ok=True)
+    about = {"hardware": hardware(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    facts = {key: model[key] for key in ("content_hash", "num_non_embedding_parameters")}
+    write_json(RESULT, {"model": facts, "plans": rows, **about})
+
+
+if __name__ == "__main__":
+    main()
