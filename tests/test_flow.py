@@ -1,6 +1,7 @@
 """The whole flow on the embedded checkpoint, as a user runs it, small."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -119,6 +120,23 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert contents(planned) == before
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(planned: Path, tmp_path: Path) -> None:
+    """The kernel refuses bytes past a file's size limit, as it does when the disk is full."""
+    run = copy(planned, tmp_path / "run")
+    before = contents(run)
+    command = [sys.executable, "-m", "bitplan", "plan", str(run), "--input-bits", "6"]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert result.returncode == EXIT_BAD_INPUT
+    assert result.stderr.startswith("error: cannot write")
+    assert result.stderr.count("\n") == 1
+    assert contents(run) == before
 
 
 def test_the_embedded_checkpoint_is_what_the_docs_say() -> None:
