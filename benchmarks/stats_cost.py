@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bitplan.formats import parse_formats
 from bitplan.probe import Recorder, TensorStats
 
-FORMATS = parse_formats("int4-g128,int8-g128")
+FORMATS = parse_formats(("int4-g128", "int8-g128"))
 
 
 def cpu_ms(work: Callable[[], object], repeats: int = 10) -> float:

@@ -18,6 +18,7 @@ their scales (`effective_bits`): int4-g128 is 4 + 16/128 = 4.125.
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -112,11 +113,9 @@ def parse_format(text: str) -> Format:
     return Format(name, "int", bits, "group", int(group))
 
 
-def parse_formats(text: str) -> tuple[Format, ...]:
-    """Return the formats of a comma-separated list, in its order, each once."""
-    names = [name for name in text.split(",") if name.strip()]
-    if not names:
-        raise FormatError(
-            f"no format in {text!r}: write a list such as {DEFAULT_LOW},{DEFAULT_HIGH}"
-        )
-    return tuple(dict.fromkeys(parse_format(name) for name in names))
+def parse_formats(names: Iterable[str]) -> tuple[Format, ...]:
+    """Return the formats that `names` spell, in their order, each once; of none, FormatError."""
+    formats = tuple(dict.fromkeys(parse_format(name) for name in names))
+    if not formats:
+        raise FormatError(f"no format was given: write a list such as {DEFAULT_LOW},{DEFAULT_HIGH}")
+    return formats

@@ -72,7 +72,6 @@ class Limit:
     budget: Budget
     value: float
     device: Device | None = None
-    by_default: bool = False
 
     def cost(self, problem: Problem) -> Cost:
         """Return the budget's cost table."""

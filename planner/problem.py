@@ -18,7 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from bitplan.errors import PlanError
-from bitplan.formats import BF16, Format, Operand, parse_format
+from bitplan.formats import BF16, Format, Operand, parse_formats
 from bitplan.planner import predict
 from bitplan.planner.pins import Pin, apply_pins
 from bitplan.planner.predict import Floats
@@ -147,7 +147,7 @@ def read_problem(
     if not sites:
         raise PlanError("profile.parquet holds no site of a checkpoint (step 0): profile again")
     pinned = apply_pins(sites, pins)
-    candidates = tuple(dict.fromkeys(parse_format(name) for name in formats))
+    candidates = parse_formats(formats)
     quantized = dict.fromkeys([*candidates, *(pin.format for pin in pinned.values())])
     columns = (*(f for f in quantized if f.is_quantized), BF16)
     counted, fixed = _status(sites, pinned, columns)

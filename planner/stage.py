@@ -176,10 +176,10 @@ def _limits(
         budget = BUDGETS[name]
         cost = budget.cost(problem, None)
         if options.converge and operand == "input":
-            limits.append(Limit(budget=budget, value=np.inf, by_default=True))
+            limits.append(Limit(budget=budget, value=np.inf))
             continue
         value = cost.total(problem, RULES[rule].choice(problem))
-        limits.append(Limit(budget=budget, value=value, by_default=True))
+        limits.append(Limit(budget=budget, value=value))
         if options.rule is None:
             notes.append(
                 f"no budget was asked for {operand}s: {name} <= {value:.6g}, what rule {rule} uses"

@@ -164,7 +164,6 @@ class _Watcher:
     def begin(self, batch: Tensor, start: int) -> None:
         """Take note of a batch of ids [sequences, tokens], the first of them number `start`."""
         rows = torch.arange(batch.numel(), device=batch.device)
-        self._shape = batch.shape
         self._positions = rows % batch.shape[1]
         self._sequences = rows // batch.shape[1] + start
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitplan.errors import CheckpointError, DataError
-from bitplan.formats import Format, parse_format
+from bitplan.formats import Format, parse_formats
 from bitplan.options import ProfileOptions
 from bitplan.probe.checkpoint import (
     Checkpoint,
@@ -50,7 +50,7 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
 
     Raises CheckpointError, DataError, FormatError or RunError; nothing is written then.
     """
-    formats = tuple(dict.fromkeys(parse_format(name) for name in options.formats))
+    formats = parse_formats(options.formats)
     resolve_device(options.device)
     target = RunDir.create(run)
     with target.lock():

@@ -64,9 +64,9 @@ def test_operands_have_the_axis_their_scales_need() -> None:
 
 
 def test_lists_keep_their_order_and_drop_repeats() -> None:
-    assert [str(f) for f in parse_formats("int8-g128, int4-g128,int8-g128")] == [
+    assert [str(f) for f in parse_formats(["int8-g128", " int4-g128", "int8-g128"])] == [
         "int8-g128",
         "int4-g128",
     ]
     with pytest.raises(FormatError):
-        parse_formats(" , ")
+        parse_formats([])

@@ -86,7 +86,7 @@ def streamed(chunks: list[Tensor], formats: str = "int4-g128", operand: str = "i
     found = TensorStats(
         chunks[0].shape[-1],
         operand=operand,  # type: ignore[arg-type]
-        formats=parse_formats(formats),
+        formats=parse_formats(formats.split(",")),
     )
     for chunk in chunks:
         found.update(chunk)
@@ -234,7 +234,7 @@ def test_nothing_finite_is_no_statistic() -> None:
 
 
 def test_nothing_seen_is_no_statistic() -> None:
-    row = TensorStats(8, operand="input", formats=parse_formats("int4-g128")).row()
+    row = TensorStats(8, operand="input", formats=parse_formats(["int4-g128"])).row()
     assert row["count"] == row["tokens"] == 0
     assert row["mean"] is None
     assert row["top_tokens"] == []
@@ -396,7 +396,10 @@ def test_the_error_of_zeros_is_undefined() -> None:
 def test_update_and_summary_never_look_at_a_value() -> None:
     # A meta tensor has no values: reading one raises.
     found = TensorStats(
-        64, operand="input", formats=parse_formats("int4-g32,int8-token,nvfp4"), device="meta"
+        64,
+        operand="input",
+        formats=parse_formats(["int4-g32", "int8-token", "nvfp4"]),
+        device="meta",
     )
     for _ in range(2):
         found.update(torch.empty(2, 8, 64, device="meta"))
@@ -439,7 +442,7 @@ def test_to_host_keeps_the_order() -> None:
 
 def test_tensor_stats_of_one_tensor() -> None:
     x = make("normal", (30, 64))
-    found = tensor_stats(x, parse_formats("int4-g32"))
+    found = tensor_stats(x, parse_formats(["int4-g32"]))
     assert_agrees(found, x)
     assert found["int4-g32"] == pytest.approx(naive_error(x, 4, 32), rel=TOLERANCE)
 
@@ -449,7 +452,7 @@ def test_tensor_stats_of_one_tensor() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_agrees_and_never_waits(kind: str) -> None:
     x = make(kind, (4, 64, 96))
-    formats = parse_formats("int4-g32,int8-token,nvfp4,mxfp4,fp8-e4m3")
+    formats = parse_formats(["int4-g32", "int8-token", "nvfp4", "mxfp4", "fp8-e4m3"])
     chunks = x.cuda().split(1)
     summaries = []
     torch.cuda.set_sync_debug_mode("error")

@@ -24,7 +24,7 @@ from bitplan.probe.weights import (
 )
 from bitplan.tables import ERRORS, PROFILE
 
-FORMATS = parse_formats("int4-g32,int8-channel")
+FORMATS = parse_formats(["int4-g32", "int8-channel"])
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
