@@ -6,7 +6,8 @@
 
 RUN is a run directory that `bitplan demo` or `profile` made; it is copied, not changed. For each
 row of PLANS the copy is planned and verified: arms that do not depend on the plan are trained once.
-What is not given is verify's default.
+What is not given is verify's default. Beside the losses: the kurtosis of the linears' inputs before
+and after training, the median over sites and seeds by role.
 """
 
 import argparse
@@ -17,12 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from bitplan.options import PlanOptions, VerifyOptions
 from bitplan.planner.stage import make_plan
-from bitplan.qat.record import RECORD_FILE, arm_dir
+from bitplan.qat.record import RECORD_FILE, STATS_FILE, arm_dir
 from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir, versions, write_json
+from bitplan.tables import PROFILE
 
+ARMS = ("bf16", "w4a4", "planned")
 RESULT = Path(__file__).parent / "results" / "plans_compared.json"
 PLANS = {
     "bitplan, at the input bits of fc2": PlanOptions(),
@@ -49,6 +54,23 @@ def row(run: Path, options: PlanOptions, training: VerifyOptions) -> dict[str, A
     }
 
 
+def kurtosis_by_role(run: RunDir, seeds: range) -> dict[str, dict[str, float]]:
+    """Return the median kurtosis of inputs: of the checkpoint, and of arms after their last step.
+
+    The arm `planned` is that of the last plan.
+    """
+    tables = {"checkpoint": [run.read_table(PROFILE.file)]}
+    tables |= {
+        arm: [run.read_table(f"{arm_dir(arm, k)}/{STATS_FILE}") for k in seeds] for arm in ARMS
+    }
+    return {name: dict(_by_role(pl.concat(frames)).iter_rows()) for name, frames in tables.items()}
+
+
+def _by_role(stats: pl.DataFrame) -> pl.DataFrame:
+    rows = stats.filter(pl.col("operand") == "input", pl.col("step") == pl.col("step").max())
+    return rows.group_by("role").agg(pl.col("kurtosis").median()).sort("role")
+
+
 def main() -> None:
     """Compare, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -65,6 +87,8 @@ def main() -> None:
         run = Path(shutil.copytree(source, Path(folder) / "run"))
         rows = {name: row(run, options, training) for name, options in PLANS.items()}
         directory = RunDir.open(run)
+        seeds = range(training.seed, training.seed + training.seeds)
+        kurtosis = kurtosis_by_role(directory, seeds)
         record = directory.read_json(f"{arm_dir('bf16', training.seed)}/{RECORD_FILE}")
     for name, found in rows.items():
         planned, after = found["delta_nats"]["planned"], found["R"]["after"]
@@ -78,7 +102,7 @@ def main() -> None:
         "versions": versions(),
     }
     facts = {key: model[key] for key in keys}
-    write_json(result, {"model": facts, "plans": rows, **about})
+    write_json(result, {"model": facts, "plans": rows, "input_kurtosis": kurtosis, **about})
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def main() -> None:
     bitplan plan RUN --input-bits 5        choose formats under a budget
     bitplan verify RUN                     train the arms: do the errors converge?
     bitplan report RUN                     one HTML file
+    bitplan law predict ...                forecast the cost of a training
     """
 
 
@@ -291,3 +292,46 @@ def demo(run: Path) -> None:
 
     for text in run_demo(run):
         click.echo(text)
+
+
+@main.group()
+def law() -> None:
+    """Forecast what 4-bit training costs from parameters, tokens and group size alone.
+
+    \b
+    bitplan law predict --params 594.5e6 --tokens 100e9
+    bitplan law crossover
+    """
+
+
+@law.command()
+@click.option("--params", type=float, required=True, help="Non-embedding parameters, e.g. 594.5e6.")
+@click.option("--tokens", type=float, required=True, help="Training tokens, e.g. 100e9.")
+@click.option("--group-size", type=float, default=128, show_default=True, help="Elements a scale.")
+@click.option("--precision", default="w4a4", show_default=True, help="w4a4, w4a16 or w16a4.")
+@_json
+def predict(params: float, tokens: float, group_size: float, precision: str, as_json: bool) -> None:
+    """Predict delta, final loss and R, with and without 8 bits at the inputs of FC2.
+
+    Example: bitplan law predict --params 594.5e6 --tokens 100e9 --group-size 128
+    """
+    from bitplan.forecast import predict
+
+    _print(predict(params, tokens, group_size, precision), as_json)
+
+
+@law.command()
+@click.option("--params", type=float, multiple=True, help="Parameters; may be repeated.")
+@click.option("--group-size", "groups", type=float, multiple=True, help="May be repeated.")
+@_json
+def crossover(params: tuple[float, ...], groups: tuple[float, ...], as_json: bool) -> None:
+    """Tell the training tokens at which the weights come to cost more than the inputs.
+
+    Example: bitplan law crossover --params 1e9 --group-size 32 --group-size 128
+    """
+    from bitplan import forecast
+
+    found = forecast.crossover(
+        params or forecast.CROSSOVER_PARAMS, groups or forecast.CROSSOVER_GROUPS
+    )
+    _print(found, as_json)

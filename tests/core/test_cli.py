@@ -3,12 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from bitplan.cli import EXIT_BAD_INPUT, main
 
-COMMANDS = ("profile", "plan", "verify", "report", "demo")
+COMMANDS = ("profile", "plan", "verify", "report", "demo", "law predict", "law crossover")
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
     "profile": "-o --output --data --tokens --seq-len --formats --weights-only --no-sensitivity "
@@ -19,20 +20,28 @@ OPTIONS = {
     "--device --seed --trust-remote-code --json",
     "report": "-o --output --json",
     "demo": "-o --output",
+    "law predict": "--params --tokens --group-size --precision --json",
+    "law crossover": "--params --group-size --json",
 }
+
+
+def find(name: str) -> click.Command:
+    command: click.Command = main
+    for part in name.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[part]
+    return command
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_are_these(command: str) -> None:
-    found = {
-        flag for param in main.commands[command].params for flag in param.opts if flag[0] == "-"
-    }
+    found = {flag for param in find(command).params for flag in param.opts if flag[0] == "-"}
     assert found == set(OPTIONS[command].split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
-    result = CliRunner().invoke(main, [command, "--help"])
+    result = CliRunner().invoke(main, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert f"Example: bitplan {command}" in result.output
 

@@ -1,0 +1,120 @@
+"""The scaling law of quantization-aware training, as arithmetic on plain numbers.
+
+Equations and constants are those of arXiv 2505.14302:
+
+    L(N, D, G)     = A / N^alpha + B / D^beta + E + delta_p(N, D, G)
+    delta_p        = k * D^gamma_D * (log2 G)^gamma_G / N^gamma_N
+    R(N, D, G)     = delta_w16a4 / delta_w4a16        inputs over weights
+    multiplier     = (A / (A + delta * N^alpha))^(1 / alpha)
+
+N non-embedding parameters, D training tokens, G group size in elements; losses in nats per token.
+A precision is a row of PAPER; `+fc2` names the same with the inputs of FC2 at 8 bits. What lies
+outside the grid that the constants were fitted on is named by `outside_grid`, never refused: the
+law is most wanted where it was not fitted.
+"""
+
+import math
+from dataclasses import dataclass
+
+from bitplan.errors import BitplanError
+
+FC2_AT_8 = "+fc2"
+
+
+@dataclass(frozen=True)
+class Law:
+    """What quantization costs under one precision: the constants of delta_p."""
+
+    k: float
+    gamma_n: float
+    gamma_d: float
+    gamma_g: float
+
+    def delta(self, params: float, tokens: float, group_size: float) -> float:
+        """Return delta, nats per token."""
+        groups = math.log2(group_size) ** self.gamma_g
+        return float(self.k * tokens**self.gamma_d * groups / params**self.gamma_n)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The loss of unquantized training: L = A / N^alpha + B / D^beta + E."""
+
+    a: float
+    b: float
+    e: float
+    alpha: float
+    beta: float
+
+    def loss(self, params: float, tokens: float) -> float:
+        """Return the final loss, nats per token."""
+        return float(self.a / params**self.alpha + self.b / tokens**self.beta + self.e)
+
+    def multiplier(self, params: float, delta: float) -> float:
+        """Return the share of its parameters that a model with this delta is worth."""
+        return float((self.a / (self.a + delta * params**self.alpha)) ** (1 / self.alpha))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The ranges that constants were fitted on, as (lowest, highest)."""
+
+    params: tuple[float, float]
+    tokens: tuple[float, float]
+    group_size: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LawSet:
+    """Laws that were fitted together: one per precision, their baseline, and where they hold."""
+
+    source: str
+    baseline: Baseline
+    laws: dict[str, Law]
+    grid: Grid
+
+    def delta(self, precision: str, params: float, tokens: float, group_size: float) -> float:
+        """Return delta of a precision, nats per token; raise BitplanError for an unknown one."""
+        if precision not in self.laws:
+            raise BitplanError(
+                f"no law for precision {precision!r}: there is one for {', '.join(self.laws)}"
+            )
+        return self.laws[precision].delta(params, tokens, group_size)
+
+    def ratio(self, params: float, tokens: float, group_size: float, *, fc2_at_8: bool) -> float:
+        """Return R, what 4-bit inputs cost over what 4-bit weights cost."""
+        inputs = "w16a4" + FC2_AT_8 * fc2_at_8
+        return self.delta(inputs, params, tokens, group_size) / self.delta(
+            "w4a16", params, tokens, group_size
+        )
+
+    def crossover_tokens(self, params: float, group_size: float, *, fc2_at_8: bool) -> float:
+        """Return the D at which R is 1: with more tokens the weights cost more than the inputs."""
+        inputs, weights = self.laws["w16a4" + FC2_AT_8 * fc2_at_8], self.laws["w4a16"]
+        at_one = self.ratio(params, 1.0, group_size, fc2_at_8=fc2_at_8)
+        return float(at_one ** (1 / (weights.gamma_d - inputs.gamma_d)))
+
+    def outside_grid(self, **values: float) -> list[str]:
+        """Name the values (params, tokens, group_size) that lie outside the fitted ranges."""
+        found = []
+        for name, value in values.items():
+            low, high = getattr(self.grid, name)
+            if not low <= value <= high:
+                spelled = name.replace("_", " ")
+                found.append(f"{spelled} {value:.4g} is outside the fitted {low:g} to {high:g}")
+        return found
+
+
+PAPER = LawSet(
+    source="arXiv 2505.14302",
+    baseline=Baseline(a=237.7042, b=596.2490, e=1.9279, alpha=0.3022, beta=0.3022),
+    laws={
+        "w4a4": Law(k=0.1582, gamma_n=0.2186, gamma_d=0.0745, gamma_g=0.7779),
+        "w4a16": Law(k=0.2522, gamma_n=0.3589, gamma_d=0.1610, gamma_g=0.3533),
+        "w16a4": Law(k=0.1004, gamma_n=0.1816, gamma_d=0.0331, gamma_g=0.9812),
+        "w4a4" + FC2_AT_8: Law(k=0.3519, gamma_n=0.2637, gamma_d=0.0964, gamma_g=0.3407),
+        "w16a4" + FC2_AT_8: Law(k=0.1273, gamma_n=0.2347, gamma_d=0.0827, gamma_g=0.4491),
+    },
+    # The 973M models of the paper test the fit and are no part of it.
+    grid=Grid(params=(74e6, 595e6), tokens=(10e9, 100e9), group_size=(32, 256)),
+)
