@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitplan.probe.channels import ChannelStability
+from bitplan.probe.checkpoint import some
 from bitplan.probe.massive import MassiveActivations, OutputSpike
 from bitplan.probe.modules import LinearModule
 from bitplan.probe.stats import fetch
@@ -23,10 +24,7 @@ _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 class OutlierWatch:
-    """Channel stability of every input, massive values after every block, spikes of every fc2.
-
-    `unread` are the blocks whose output is no hidden state [sequences, tokens, channels].
-    """
+    """Channel stability of every input, massive values after every block, spikes of every fc2."""
 
     def __init__(self, items: Sequence[LinearModule]) -> None:
         self._items = {item.linear.module: item for item in items}
@@ -37,7 +35,7 @@ class OutlierWatch:
         self._channels: dict[str, ChannelStability] = {}
         self._hidden: dict[str, MassiveActivations] = {}
         self._spikes: dict[str, OutputSpike] = {}
-        self.unread: set[str] = set()
+        self._unread: set[str] = set()
         self._shape = (0, 0)
         self._first = 0
         self._due: set[str] | None = None
@@ -96,7 +94,7 @@ class OutlierWatch:
         self._due.remove(name)
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != self._shape:
-            self.unread.add(name)
+            self._unread.add(name)
             return
         if name not in self._hidden:
             self._hidden[name] = MassiveActivations(hidden.shape[-1], hidden.device)
@@ -108,6 +106,14 @@ class OutlierWatch:
         if x.numel() != sequences * tokens * x.shape[-1]:
             return None
         return x.reshape(sequences, tokens, x.shape[-1])
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the user should know: where massive activations were not looked for."""
+        if self._unread:
+            yield (
+                f"massive activations were not looked for after {some(sorted(self._unread))}: the "
+                "output is no hidden state of sequences and tokens"
+            )
 
     def channels(self) -> dict[str, Tensor]:
         """Return, on the host, the counts of each input that was seen (channels.py)."""

@@ -110,7 +110,12 @@ def _measure(
         "seq_len": ids.shape[1],
     }
     facts = {"model": checkpoint.facts(), "data": data, "seed": options.seed}
-    notes = [*_notes(checkpoint, rows, options), *corpus.notes, *inputs.notes]
+    notes = [
+        *_notes(checkpoint, rows, options),
+        *corpus.notes,
+        *inputs.notes,
+        *inputs.outliers.notes(),
+    ]
     return _write(target, asked, frames, facts, notes)
 
 
