@@ -109,10 +109,11 @@ class OutputSpike:
             return
         x, y = x.detach(), y.detach()
         magnitude, median = massive(y)
-        largest, index = magnitude.flatten().max(0)
+        # Indices of one element, not scalars: a device's scalar as an index makes the host wait.
+        largest, index = magnitude.flatten().max(0, keepdim=True)
         row, channel = index // y.shape[-1], index % y.shape[-1]
         position = -torch.ones_like(row) if positions is None else positions[row]
-        found = torch.stack(
+        found = torch.cat(
             [
                 largest.double(),
                 y.flatten()[index].double(),
@@ -124,12 +125,12 @@ class OutputSpike:
         )
         better = found[0] > self._spike[0]
         self._spike = torch.where(better, found, self._spike)
-        self._input = torch.where(better, x.flatten(0, -2)[row].float(), self._input)
+        self._input = torch.where(better, x.flatten(0, -2)[row][0].float(), self._input)
 
     @torch.no_grad()
     def vector(self, weight: Tensor) -> Tensor:
         """Return the spike and the TOP_WEIGHTS weights [out, in] that make most of it, float64."""
-        row = weight.detach()[self._spike[5].long()].double()
+        row = weight.detach()[self._spike[5:].long()][0].double()
         products = row * self._input.double() / self._spike[1]
         top = products.nan_to_num(nan=0.0).topk(min(TOP_WEIGHTS, len(products))).indices
         made = torch.stack([top.double(), self._input[top].double(), row[top], products[top]])

@@ -128,3 +128,12 @@ def test_overlap_is_the_mean_over_the_other_readers() -> None:
 
 def test_channels_that_are_the_same_everywhere_overlap_wholly() -> None:
     assert set(channel_overlap([reader(b, "qkv", [3, 9]) for b in range(5)]).values()) == {1.0}
+
+
+def test_nothing_looks_at_a_value() -> None:
+    # A meta tensor has no values: reading one raises.
+    found = ChannelStability(16, "meta")
+    found.update(torch.empty(2, 4, 16, device="meta"))
+    rows = torch.empty(8, dtype=torch.long, device="meta")
+    found.update(torch.empty(8, 16, device="meta"), rows, num_sequences=2)
+    assert found.counts().device.type == "meta"

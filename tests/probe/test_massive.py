@@ -152,3 +152,37 @@ def test_no_row_at_all_is_no_finding() -> None:
     none = torch.zeros(0, dtype=torch.long)
     found.update(torch.zeros(0, 8), torch.zeros(1, 0, 4), none, none)
     assert list(OutputSpike.findings(found.vector(torch.ones(4, 8)), 1.0)) == []
+
+
+def test_nothing_looks_at_a_value() -> None:
+    # A meta tensor has no values: reading one raises.
+    hidden, spike = MassiveActivations(12, "meta"), OutputSpike(16, "meta")
+    rows = torch.empty(8, dtype=torch.long, device="meta")
+    x, y = torch.empty(2, 4, 16, device="meta"), torch.empty(2, 4, 12, device="meta")
+    hidden.update(y, 0)
+    spike.update(x, y, rows, rows)
+    assert hidden.vector().device.type == "meta"
+    assert spike.vector(torch.empty(12, 16, device="meta")).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_agrees_and_never_waits() -> None:
+    x, weight = 0.1 * normal(2, 16, 48), 0.01 * normal(24, 48, seed=1)
+    x[1, 5, 7], weight[3, 7] = -400.0, 2.0
+    rows = torch.arange(32)
+    vectors = []
+    for device in ("cpu", "cuda"):
+        there, matrix, places = (t.to(device) for t in (x, weight, rows))
+        hidden, spike = MassiveActivations(24, device), OutputSpike(48, device)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = there @ matrix.T
+            hidden.update(y, 0)
+            spike.update(there, y, places // 16, places % 16)
+            found = torch.cat([hidden.vector(), spike.vector(matrix)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        vectors.append(found.cpu())
+    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-4)
