@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitplan.findings import MASSIVE, SUPER_WEIGHT
 from bitplan.probe.channels import ChannelStability
 from bitplan.probe.checkpoint import some
 from bitplan.probe.massive import MassiveActivations, OutputSpike
 from bitplan.probe.modules import LinearModule
 from bitplan.probe.stats import fetch
 
-MASSIVE, SUPER_WEIGHT = "massive_activation", "super_weight"
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
