@@ -146,6 +146,6 @@ def say_routing(experts: pl.DataFrame) -> str:
         return text
     return (
         f"{text}; the busiest, expert {busiest['expert']} of block {busiest['block']}, took "
-        f"{100 * busiest['share']:.0f} % of its block's tokens, "
+        f"{100 * busiest['share']:.0f} % of the tokens routed in it, "
         f"{busiest['load']:.1f} times an even share"
     )

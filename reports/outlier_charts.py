@@ -120,7 +120,7 @@ def routing_map(experts: pl.DataFrame) -> Chart:
                     titleLimit=300,
                     gradientLength=200,
                     gradientThickness=10,
-                    format="~g",
+                    format=".2~f",
                 ),
             ),
             tooltip=tooltip,

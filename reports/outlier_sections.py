@@ -123,7 +123,7 @@ def _routing(profile: pl.DataFrame, name: str) -> Markup | None:
         name,
         outlier_charts.routing_map(experts),
         title="Experts",
-        takeaway=f"{findings.say_routing(experts)}.",
+        takeaway=outlier_words.routing(experts),
         data=experts,
         columns=experts["expert"].n_unique(),
     )

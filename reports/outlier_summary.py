@@ -93,8 +93,8 @@ def token_points(found: pl.DataFrame) -> pl.DataFrame:
 
 def input_name(row: dict[str, object]) -> str:
     """Name an input by role, block and expert."""
-    expert = "" if row.get("expert") is None else f" expert {row['expert']}"
-    return f"{row['role']} {row['block']}{expert}"
+    expert = "" if row.get("expert") is None else f", expert {row['expert']}"
+    return f"{row['role']}, block {row['block']}{expert}"
 
 
 def strong_tokens(inputs: pl.DataFrame) -> pl.DataFrame:

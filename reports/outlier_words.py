@@ -5,6 +5,7 @@ from typing import Any
 
 import polars as pl
 
+from bitplan import findings
 from bitplan.reports.numbers import number, percent
 from bitplan.reports.outlier_summary import SHARES
 from bitplan.reports.words import STANDS_OUT, role_name
@@ -18,7 +19,8 @@ _ALIGNED = 0.9
 def tokens(found: pl.DataFrame, inputs: pl.DataFrame) -> str:
     """Say whether a few tokens make the heaviest tail, and of how many inputs that is true."""
     top = found.row(0, named=True)
-    place = f"the {role_name(top['role'])} input of block {top['block']}"
+    expert = "" if top["expert"] is None else f", expert {top['expert']}"
+    place = f"the {role_name(top['role'])} input of block {top['block']}{expert}"
     calm = top["kurtosis_without_top_tokens"]
     if calm is None:
         return f"The heaviest tail, {place}, has a kurtosis of {number(top['kurtosis'])}."
@@ -105,6 +107,12 @@ def super_weights(found: pl.DataFrame) -> str:
         f"{percent(row['share'])} of an output of {number(row['value'])}. Candidates: what the "
         "model is without them was not measured."
     )
+
+
+def routing(experts: pl.DataFrame) -> str:
+    """Say how uneven routing is, and which cells of the map are experts without a token."""
+    text = f"{findings.say_routing(experts)}."
+    return text if experts["tokens"].min() else f"{text} Outlined cells are those never routed to."
 
 
 def alignment(found: pl.DataFrame) -> str:

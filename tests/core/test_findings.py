@@ -142,7 +142,7 @@ def test_experts_without_a_token_are_said_to_have_none() -> None:
     said = findings.say_routing(findings.routing(PROFILE.frame(rows)))
     assert said == (
         "1 of 3 experts were never routed to and have no statistics; the busiest, expert 0 of "
-        "block 0, took 75 % of its block's tokens, 2.2 times an even share"
+        "block 0, took 75 % of the tokens routed in it, 2.2 times an even share"
     )
     assert findings.say_routing(findings.routing(PROFILE.frame(rows[:2]))).startswith(
         "All 2 experts were routed to; the busiest"
