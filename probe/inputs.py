@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitplan.errors import CheckpointError
 from bitplan.formats import Format
+from bitplan.probe.checkpoint import some
 from bitplan.probe.experts import Expert
 from bitplan.probe.modules import LinearModule
 from bitplan.probe.outliers import OutlierWatch
@@ -92,11 +93,16 @@ def measure_inputs(
         outliers=watcher.outliers,
         sensitivity=list(estimate.rows(items)) if estimate is not None else None,
         loss=_finite(loss.item() / predicted) if has_loss else None,
-        notes=tuple(
-            f"{name} runs more than once in a pass: its statistics are those of the first run"
-            for name in tracer.repeated
-        ),
+        notes=tuple(_repeated(tracer.repeated)),
     )
+
+
+def _repeated(names: Sequence[str]) -> Iterator[str]:
+    if names:
+        yield (
+            f"{len(names)} linears run more than once in a pass, {some(names)}: their statistics "
+            "are those of the first run"
+        )
 
 
 def _finite(loss: float) -> float:

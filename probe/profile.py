@@ -1,4 +1,4 @@
-"""`bitplan profile`: a checkpoint to profile.parquet, errors.parquet and sensitivity.parquet.
+"""`bitplan profile`: a checkpoint to tables of statistics, errors, outliers and sensitivity.
 
 The stage loads a checkpoint, reads calibration text, measures every weight and every input, and
 writes the tables together at its end: what fails leaves the run directory as it was. Asked again
