@@ -41,17 +41,16 @@ class ChannelStability:
         """
         if x.numel() == 0:
             return
-        x = x.detach()
+        squares = x.detach().float().square()
         if sequences is None:
-            norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+            energy = squares.sum(1)
         else:
             assert num_sequences is not None
-            squares = x.flatten(0, -2).float().square()
-            norms = squares.new_zeros(num_sequences, x.shape[-1])
-            norms.index_add_(0, sequences, squares)
-        norms = norms.nan_to_num(nan=0.0, posinf=0.0)
-        seen = (norms > 0).any(1, keepdim=True).double()
-        top = norms.topk(self._top, dim=1).indices
+            energy = squares.new_zeros(num_sequences, x.shape[-1])
+            energy.index_add_(0, sequences, squares.flatten(0, -2))
+        energy.nan_to_num_(nan=0.0, posinf=0.0)
+        seen = (energy > 0).any(1, keepdim=True).double()
+        top = energy.topk(self._top, dim=1).indices
         self._counts.index_add_(0, top.flatten(), seen.expand(-1, self._top).flatten())
         self._counts[-1] += seen.sum()
 

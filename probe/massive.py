@@ -29,15 +29,29 @@ TOP_WEIGHTS = 3
 _FIELDS = 5  # magnitude, value, times the median, sequence, position
 
 
-def massive(x: Tensor) -> tuple[Tensor, Tensor]:
+def massive(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return |x| of massive values, 0 for all others, and the median of each sequence.
 
-    x: [sequences, tokens, channels]; medians: [sequences, 1, 1].
+    x: [sequences, tokens, channels]; medians: [sequences, 1, 1]. On a CPU, where looking costs no
+    wait and medians cost more than all else, None says that nothing is massive.
     """
-    magnitude = x.float().abs().nan_to_num(nan=0.0, posinf=0.0)
+    magnitude = x.float().abs().nan_to_num_(nan=0.0, posinf=0.0)
+    if x.device.type == "cpu" and not _may_be_massive(magnitude):
+        return None
     median = magnitude.flatten(1).median(1).values[:, None, None]
     threshold = (RATIO * median).clamp_min(ABOVE)
     return magnitude.masked_fill_(magnitude <= threshold, 0.0), median
+
+
+def _may_be_massive(magnitude: Tensor) -> bool:
+    """Whether in any sequence half of the values are RATIO times smaller than the largest."""
+    largest = magnitude.amax((1, 2), keepdim=True)
+    if not bool((largest > ABOVE).any()):
+        return False
+    # The margin is for products and quotients that round differently.
+    below = (magnitude < largest * (1.001 / RATIO)).sum((1, 2))
+    half = (magnitude[0].numel() + 1) // 2
+    return bool(((below >= half) & (largest.flatten() > ABOVE)).any())
 
 
 class MassiveActivations:
@@ -51,7 +65,9 @@ class MassiveActivations:
     def update(self, x: Tensor, first_sequence: int) -> None:
         """Take in whole sequences, the first of them number `first_sequence`."""
         x = x.detach()
-        magnitude, median = massive(x)
+        if (found_here := massive(x)) is None:
+            return
+        magnitude, median = found_here
         self._tokens[0] += (magnitude > 0).sum((0, 1))
         self._tokens[1] += (magnitude[:, 0] > 0).sum(0)
         largest, row = magnitude.flatten(0, 1).max(0)
@@ -108,7 +124,9 @@ class OutputSpike:
         if y.numel() == 0:
             return
         x, y = x.detach(), y.detach()
-        magnitude, median = massive(y)
+        if (found_here := massive(y)) is None:
+            return
+        magnitude, median = found_here
         # Indices of one element, not scalars: a device's scalar as an index makes the host wait.
         largest, index = magnitude.flatten().max(0, keepdim=True)
         row, channel = index // y.shape[-1], index % y.shape[-1]
