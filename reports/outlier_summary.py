@@ -100,8 +100,8 @@ def input_name(row: dict[str, object]) -> str:
 def strong_tokens(inputs: pl.DataFrame) -> pl.DataFrame:
     """Return the tokens that lead the most inputs.
 
-    Columns: token (spelled visibly), at (the start of a sequence or later), leads (inputs whose
-    strongest token it is), largest (|x|, over those inputs).
+    Columns: token (spelled visibly), at (the start of a sequence or later), strongest_in (inputs
+    that it leads), absmax (over those inputs).
     """
     first = pl.col("top_tokens").list.get(0, null_on_oob=True)
     return (
@@ -118,8 +118,8 @@ def strong_tokens(inputs: pl.DataFrame) -> pl.DataFrame:
             .otherwise(pl.lit("later")),
         )
         .group_by("token", "at")
-        .agg(leads=pl.len(), largest=pl.col("absmax").max())
-        .sort("leads", "token", "at", descending=[True, False, False])
+        .agg(strongest_in=pl.len(), absmax=pl.col("absmax").max())
+        .sort("strongest_in", "token", "at", descending=[True, False, False])
         .head(MOST_TOKENS)
     )
 

@@ -121,8 +121,8 @@ def test_strong_tokens_count_the_inputs_they_lead() -> None:
     ]
     found = outlier_summary.strong_tokens(outlier_summary.distinct_inputs(PROFILE.frame(rows)))
     assert found.to_dicts() == [
-        {"token": r"'\n'", "at": "start of a sequence", "leads": 2, "largest": 11.0},
-        {"token": r"'\n'", "at": "later", "leads": 1, "largest": 2.0},
+        {"token": r"'\n'", "at": "start of a sequence", "strongest_in": 2, "absmax": 11.0},
+        {"token": r"'\n'", "at": "later", "strongest_in": 1, "absmax": 2.0},
     ]
 
 
