@@ -101,8 +101,15 @@ def _print(result: Any, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
-@click.option("-o", "--output", "run", type=_RUN, required=True, help="Run directory to write.")
+@click.argument("model", required=False)
+@click.option("-o", "--output", "run", type=_RUN, help="Run directory to write.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A B",
+    help="Say what changed from A to B: profiled run directories, or statistics of a training as "
+    "RUN/arms/ARM/seed-K@STEP.",
+)
 @_data
 @_option(
     ProfileOptions,
@@ -140,18 +147,52 @@ def _print(result: Any, as_json: bool) -> None:
 )
 @_trust
 @_json
-def profile(run: Path, no_sensitivity: bool, as_json: bool, **options: Any) -> None:
+def profile(
+    model: str | None,
+    run: Path | None,
+    compare: tuple[str, str] | None,
+    no_sensitivity: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure a checkpoint: statistics of every weight and input, format errors, sensitivity.
 
     MODEL is a Hugging Face directory or hub name, a GGUF file, or (--weights-only) safetensors.
 
     Example: bitplan profile ./my-model -o run
+
+    With --compare nothing is measured: two profiles, or two steps, are read and set side by side.
+
+    Example: bitplan profile --compare before after
     """
+    if compare is not None:
+        _refuse_others("--compare", "compare", "as_json")
+        from bitplan.probe.compare import compare as compare_snapshots
+        from bitplan.probe.snapshot import load_snapshot
+
+        _print(compare_snapshots(*map(load_snapshot, compare)), as_json)
+        return
+    if model is None or run is None:
+        lacks = "MODEL" if model is None else "-o RUN"
+        raise click.UsageError(f"{lacks} is missing: bitplan profile MODEL -o RUN")
     from bitplan.probe.profile import profile_checkpoint
 
-    _print(
-        profile_checkpoint(run, ProfileOptions(sensitivity=not no_sensitivity, **options)), as_json
-    )
+    asked = ProfileOptions(model=model, sensitivity=not no_sensitivity, **options)
+    _print(profile_checkpoint(run, asked), as_json)
+
+
+def _refuse_others(flag: str, *allowed: str) -> None:
+    """Raise a usage error where a parameter was given that a flag makes meaningless."""
+    ctx = click.get_current_context()
+    given = [
+        param.human_readable_name if isinstance(param, click.Argument) else param.opts[-1]
+        for param in ctx.command.params
+        if param.name is not None
+        and param.name not in allowed
+        and ctx.get_parameter_source(param.name) == click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{flag} goes without {', '.join(given)}")
 
 
 @main.command()

@@ -322,6 +322,7 @@ class RunDir:
 _MAKERS = {
     "profile.parquet": "bitplan profile MODEL -o {run}",
     "errors.parquet": "bitplan profile MODEL -o {run}",
+    "outliers.parquet": "bitplan profile MODEL -o {run} (without --weights-only)",
     "sensitivity.parquet": "bitplan profile MODEL -o {run} (without --no-sensitivity)",
     "plan.json": "bitplan plan {run}",
     "frontier.parquet": "bitplan plan {run}",

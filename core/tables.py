@@ -10,7 +10,9 @@ from typing import Any
 
 import polars as pl
 
-TOP_CHANNEL = pl.Struct({"channel": pl.Int64, "absmax": pl.Float64, "rms": pl.Float64})
+TOP_CHANNEL = pl.Struct(
+    {"channel": pl.Int64, "absmax": pl.Float64, "rms": pl.Float64, "stability": pl.Float64}
+)
 TOP_TOKEN = pl.Struct(
     {"sequence": pl.Int64, "position": pl.Int64, "absmax": pl.Float64, "text": pl.String}
 )
@@ -101,7 +103,20 @@ PROFILE = Table(
         ),
         _c("nan_count", pl.Int64, "elements", "NaN elements, in no other statistic"),
         _c("inf_count", pl.Int64, "elements", "infinite elements, in no other statistic"),
-        _c("top_channels", pl.List(TOP_CHANNEL), "", "input channels with the largest rms"),
+        _c(
+            "top_channels",
+            pl.List(TOP_CHANNEL),
+            "",
+            "input channels with the largest rms; stability: share of the calibration sequences in "
+            "which the channel is among the 8 largest",
+        ),
+        _c("top_channel_stability", pl.Float64, "share", "inputs: mean stability of top_channels"),
+        _c(
+            "top_channel_overlap",
+            pl.Float64,
+            "share",
+            "inputs of qkv and fc1: share of top_channels that another one of them has too, mean",
+        ),
         _c("top_tokens", pl.List(TOP_TOKEN), "", "inputs: tokens with the largest |x|"),
         _c("drift", pl.Float64, "", "weights: |W - W0|^2 / |W0|^2 against the initial checkpoint"),
         _c(
@@ -110,6 +125,43 @@ PROFILE = Table(
             "",
             "gate and up weights: mean |cosine| of matching rows",
         ),
+        _c(
+            "gate_up_correlation_max",
+            pl.Float64,
+            "",
+            "gate and up weights: largest |cosine| of matching rows",
+        ),
+    ),
+)
+
+OUTLIERS = Table(
+    "outliers.parquet",
+    "a finding: a channel with massive activations, or a super-weight candidate",
+    (
+        _c(
+            "kind",
+            pl.String,
+            "",
+            "`massive_activation`: |x| > 100 and > 1,000 times its sequence's median, after a "
+            "block; `super_weight`: a weight that makes at least 0.2 of an fc2's largest massive "
+            "output, from an input above 1,000 times its median",
+        ),
+        _c("module", pl.String, "", "the block, or the fc2 linear"),
+        _c("block", pl.Int64, "", "index of the transformer block"),
+        _c("expert", pl.Int64, "", "index of the expert; null for dense linears"),
+        _c("channel", pl.Int64, "", "channel of the hidden state; row of the weight"),
+        _c("value", pl.Float64, "value", "the largest, with its sign"),
+        _c("value_over_median", pl.Float64, "", "|value| over the median |x| of its sequence"),
+        _c("sequence", pl.Int64, "", "calibration sequence of that value"),
+        _c("position", pl.Int64, "", "position in the sequence; -1 where not known"),
+        _c("text", pl.String, "", "the token there"),
+        _c("tokens", pl.Int64, "tokens", "massive activations: tokens where it is massive"),
+        _c("first_tokens", pl.Int64, "tokens", "those of them at the start of a sequence"),
+        _c("input_channel", pl.Int64, "", "super weights: channel of the input; column"),
+        _c("input_value", pl.Float64, "value", "super weights: the input at the same token"),
+        _c("input_over_median", pl.Float64, "", "|input_value| over the input's median |x|"),
+        _c("weight", pl.Float64, "value", "super weights: the weight itself"),
+        _c("share", pl.Float64, "share", "super weights: weight times input_value over value"),
     ),
 )
 
@@ -183,4 +235,4 @@ HELDOUT = Table(
     ),
 )
 
-TABLES = (PROFILE, ERRORS, SENSITIVITY, FRONTIER, METRICS, HELDOUT)
+TABLES = (PROFILE, ERRORS, SENSITIVITY, OUTLIERS, FRONTIER, METRICS, HELDOUT)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from bitplan.errors import CheckpointError
 from bitplan.formats import Format
+from bitplan.probe.checkpoint import some
 from bitplan.probe.experts import Expert
 from bitplan.probe.modules import LinearModule
+from bitplan.probe.outliers import OutlierWatch
 from bitplan.probe.sensitivity import ROLES, GradientSensitivity, summed_loss
 from bitplan.probe.stats import TensorStats
 from bitplan.probe.trace import traced
@@ -33,12 +35,13 @@ _GPU_BATCH_BYTES = 1 << 33
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the inputs showed: statistics by module, sensitivity, loss (nats per token), notes.
+    """What the inputs showed: statistics by module, outliers, sensitivity, loss (nats per token).
 
     A module that no token reached is not in `stats`; modules that share an input share the object.
     """
 
     stats: dict[str, TensorStats]
+    outliers: OutlierWatch
     sensitivity: list[dict[str, Any]] | None
     loss: float | None
     notes: tuple[str, ...]
@@ -67,7 +70,11 @@ def measure_inputs(
     names = [item.linear.module for item in items]
     loss = torch.zeros((), dtype=torch.float64, device=device)
     starts = range(0, len(ids), size := _batch_size(items, ids.shape[1], device))
-    with traced(model, names, every_pass=watcher.order_varies) as tracer, _frozen(model):
+    with (
+        traced(model, names, every_pass=watcher.order_varies) as tracer,
+        watcher.outliers.hooked(model),
+        _frozen(model),
+    ):
         for start in track(starts, "profiling inputs"):
             batch = ids[start : start + size].to(device)
             watcher.begin(batch, start)
@@ -83,13 +90,19 @@ def measure_inputs(
     predicted = len(ids) * (ids.shape[1] - 1)
     return Inputs(
         stats={name: stats for name, stats in watcher.stats.items() if stats.rows},
+        outliers=watcher.outliers,
         sensitivity=list(estimate.rows(items)) if estimate is not None else None,
         loss=_finite(loss.item() / predicted) if has_loss else None,
-        notes=tuple(
-            f"{name} runs more than once in a pass: its statistics are those of the first run"
-            for name in tracer.repeated
-        ),
+        notes=tuple(_repeated(tracer.repeated)),
     )
+
+
+def _repeated(names: Sequence[str]) -> Iterator[str]:
+    if names:
+        yield (
+            f"{len(names)} linears run more than once in a pass, {some(names)}: their statistics "
+            "are those of the first run"
+        )
 
 
 def _finite(loss: float) -> float:
@@ -141,6 +154,7 @@ class _Watcher:
         estimate: GradientSensitivity | None,
     ) -> None:
         self.stats: dict[str, TensorStats] = {}
+        self.outliers = OutlierWatch(items)
         self._items = {item.linear.module: item for item in items}
         self._formats = tuple(formats)
         self._estimate = estimate
@@ -166,6 +180,7 @@ class _Watcher:
         rows = torch.arange(batch.numel(), device=batch.device)
         self._positions = rows % batch.shape[1]
         self._sequences = rows // batch.shape[1] + start
+        self.outliers.begin(batch, start)
 
     def end(self) -> None:
         """Let go of the batch."""
@@ -180,6 +195,7 @@ class _Watcher:
             return None
         seen = self._reading = self._find(x) or self._first(name, x)
         self.stats[name] = self.stats[seen.leader]
+        self.outliers.share(name, seen.leader)
         if self._estimate is None or item.linear.role not in ROLES or not x.requires_grad:
             return None
         group = item.linear.fused or name
@@ -192,6 +208,8 @@ class _Watcher:
     def on_output(self, name: str, y: Tensor) -> None:
         """Take in a linear's output; embeddings are where gradients begin."""
         item, seen = self._items[name], self._reading
+        if seen is not None:
+            self.outliers.see_output(name, seen.x, y, seen.sequences, seen.positions)
         if self._estimate is None:
             return
         if seen is None:
@@ -206,6 +224,7 @@ class _Watcher:
     def _first(self, name: str, x: Tensor) -> _Seen:
         """Update the statistics with a tensor that was not seen before in this batch."""
         positions, sequences = self._places(name, x)
+        self.outliers.see_input(name, x, sequences, positions)
         if name not in self.stats:
             self.stats[name] = TensorStats(
                 x.shape[-1], operand="input", formats=self._formats, device=x.device

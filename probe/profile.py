@@ -1,22 +1,23 @@
-"""`bitplan profile`: a checkpoint to profile.parquet, errors.parquet and sensitivity.parquet.
+"""`bitplan profile`: a checkpoint to tables of statistics, errors, outliers and sensitivity.
 
 The stage loads a checkpoint, reads calibration text, measures every weight and every input, and
 writes the tables together at its end: what fails leaves the run directory as it was. Asked again
 with the same options, checkpoint and text, it returns what is there.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
 from torch import Tensor
 
 from bitplan.errors import CheckpointError, DataError
 from bitplan.formats import Format, parse_formats
 from bitplan.options import ProfileOptions
+from bitplan.probe.channels import channel_overlap, with_stability
 from bitplan.probe.checkpoint import (
     Checkpoint,
     hash_files,
@@ -28,10 +29,10 @@ from bitplan.probe.checkpoint import (
 from bitplan.probe.inputs import Inputs, measure_inputs
 from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.probe.result import ProfileResult
-from bitplan.probe.stats import Summary, TensorStats, to_host
+from bitplan.probe.stats import Summary, TensorStats, fetch, to_host
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.probe.weights import (
-    gate_up_correlation,
+    gate_up_alignment,
     gate_up_partners,
     open_weights,
     profile_weights,
@@ -39,7 +40,7 @@ from bitplan.probe.weights import (
 from bitplan.progress import track
 from bitplan.rundir import RunDir
 from bitplan.sites import site_columns
-from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
+from bitplan.tables import ERRORS, OUTLIERS, PROFILE, SENSITIVITY
 
 STAGE = "profile"
 _EMPTY = {"tokens": 0, "count": 0, "nan_count": 0, "inf_count": 0}
@@ -87,10 +88,17 @@ def _measure(
         sensitivity=options.sensitivity,
     )
     summaries = _summaries(items, inputs, formats)
-    rows = [_with_texts(row, ids, checkpoint.tokenizer) for row in _rows(items, summaries)]
+    text_of = partial(_text_of, ids, checkpoint.tokenizer)
+    rows = [_with_texts(row, text_of) for row in _rows(items, summaries)]
+    overlap = channel_overlap(rows)
+    medians = {row["module"]: row.get("abs_p50") for row in rows if row["operand"] == "input"}
+    findings = inputs.outliers.findings(medians)
     frames = {
-        PROFILE.file: PROFILE.frame(rows),
+        PROFILE.file: PROFILE.frame(
+            row | {"top_channel_overlap": overlap.get(row["site"])} for row in rows
+        ),
         ERRORS.file: ERRORS.frame(_error_rows(items, summaries)),
+        OUTLIERS.file: OUTLIERS.frame(row | {"text": text_of(row)} for row in findings),
     }
     if inputs.sensitivity is not None:
         frames[SENSITIVITY.file] = SENSITIVITY.frame(inputs.sensitivity)
@@ -102,7 +110,12 @@ def _measure(
         "seq_len": ids.shape[1],
     }
     facts = {"model": checkpoint.facts(), "data": data, "seed": options.seed}
-    notes = [*_notes(checkpoint, rows, options), *corpus.notes, *inputs.notes]
+    notes = [
+        *_notes(checkpoint, rows, options),
+        *corpus.notes,
+        *inputs.notes,
+        *inputs.outliers.notes(),
+    ]
     return _write(target, asked, frames, facts, notes)
 
 
@@ -193,11 +206,12 @@ def _notes(
 
 @dataclass(frozen=True)
 class _Summaries:
-    """Statistics on the host: by weight and by input, and the rows' extra columns of weights."""
+    """Statistics on the host: by weight and by input, and what rows have beside them."""
 
     weights: dict[str, Summary]
     inputs: dict[str, Summary]
-    correlations: dict[str, float]
+    alignments: dict[str, dict[str, float]]
+    channels: dict[str, Tensor]
 
 
 def _summaries(
@@ -210,7 +224,7 @@ def _summaries(
     # each is reduced once.
     weights: dict[str, tuple[int, ...]] = {}
     reduced: dict[tuple[int, ...], Summary] = {}
-    correlations: dict[str, Tensor] = {}
+    alignments: dict[str, dict[str, Tensor]] = {}
     for item in track(items, "profiling weights"):
         name, weight = item.linear.module, item.weight().detach()
         weights[name] = key = (weight.data_ptr(), *weight.shape)
@@ -222,15 +236,21 @@ def _summaries(
             reduced[key] = stats.summary()
         if (partner := partners.get(name)) is not None:
             other = None if partner == name else by_name[partner].weight().detach()
-            correlations[name] = gate_up_correlation(weight, other)
+            alignments[name] = gate_up_alignment(weight, other)
     shared = {id(stats): stats for stats in inputs.stats.values()}
     found = to_host([*reduced.values(), *(stats.summary() for stats in shared.values())])
     on_host = dict(zip([*reduced, *((key,) for key in shared)], found, strict=True))
-    values = torch.stack(list(correlations.values())).tolist() if correlations else []
+    scalars = [
+        value.double().reshape(1) for found in alignments.values() for value in found.values()
+    ]
+    values = (vector.item() for vector in fetch(scalars))
     return _Summaries(
         weights={name: on_host[key] for name, key in weights.items()},
         inputs={name: on_host[(id(stats),)] for name, stats in inputs.stats.items()},
-        correlations=dict(zip(correlations, values, strict=True)),
+        alignments={
+            name: {column: next(values) for column in found} for name, found in alignments.items()
+        },
+        channels=inputs.outliers.channels(),
     )
 
 
@@ -241,11 +261,15 @@ def _rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterator[dict
         yield (
             summaries.weights[linear.module].row()
             | site_columns(linear, "weight")
-            | {"step": 0, "gate_up_correlation": summaries.correlations.get(linear.module)}
+            | {"step": 0, **summaries.alignments.get(linear.module, {})}
         )
         if item.has_input:
             seen = summaries.inputs.get(linear.module)
-            row = _EMPTY if seen is None else seen.row()
+            row = (
+                _EMPTY
+                if seen is None
+                else with_stability(seen.row(), summaries.channels[linear.module])
+            )
             yield row | site_columns(linear, "input") | {"step": 0}
 
 
@@ -257,16 +281,21 @@ def _error_rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterato
                 yield from (site | row for row in summary.error_rows())
 
 
-def _with_texts(row: dict[str, Any], ids: Tensor, tokenizer: Any) -> dict[str, Any]:
+def _text_of(ids: Tensor, tokenizer: Any, token: Mapping[str, Any]) -> str | None:
+    """Return the text of the token at a sequence and position; None where that is not known."""
+    if token["position"] < 0:
+        return None
+    text: str = tokenizer.decode([int(ids[token["sequence"], token["position"]])])
+    return text
+
+
+def _with_texts(
+    row: dict[str, Any], text_of: Callable[[Mapping[str, Any]], str | None]
+) -> dict[str, Any]:
     """Return a row whose top tokens carry their text."""
     if row["operand"] == "weight":
         return row | {"top_tokens": None}
-    tokens = [
-        token | {"text": tokenizer.decode([int(ids[token["sequence"], token["position"]])])}
-        if token["position"] >= 0
-        else token
-        for token in row.get("top_tokens", ())
-    ]
+    tokens = [token | {"text": text_of(token)} for token in row.get("top_tokens", ())]
     return row | {"top_tokens": tokens}
 
 
@@ -282,8 +311,9 @@ def _write(
 ) -> ProfileResult:
     """Write the tables and the manifest together, and drop what an earlier profile left."""
     target.commit(STAGE, asked, frames, **facts, notes=list(notes))
-    if SENSITIVITY.file not in frames:
-        (target.path / SENSITIVITY.file).unlink(missing_ok=True)
+    for table in (SENSITIVITY, OUTLIERS):
+        if table.file not in frames:
+            (target.path / table.file).unlink(missing_ok=True)
     return _result(target, up_to_date=False)
 
 
@@ -296,6 +326,7 @@ def _result(target: RunDir, *, up_to_date: bool) -> ProfileResult:
         profile=tables[PROFILE.file],
         errors=tables[ERRORS.file],
         sensitivity=tables.get(SENSITIVITY.file),
+        outliers=tables.get(OUTLIERS.file),
         formats=tuple(entry["options"]["formats"]),
         files=tuple(entry["files"]),
         notes=tuple(target.manifest.get("notes", ())),

@@ -34,7 +34,7 @@ from bitplan.errors import CheckpointError
 from bitplan.formats import Format, Operand, parse_format
 from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.probe.stats import Summary, TensorStats, fetch
-from bitplan.probe.weights import gate_up_correlation, gate_up_partners
+from bitplan.probe.weights import gate_up_alignment, gate_up_partners
 from bitplan.sites import OPERANDS, Linear, site_columns
 from bitplan.tables import ERRORS, PROFILE
 
@@ -240,12 +240,12 @@ class Recorder:
             linear.in_features, operand="weight", formats=self.formats, device=weight.device
         )
         seen.update(weight)
-        extras = {}
+        extras: dict[str, Tensor] = {}
         if (initial := self._initial.get(linear.module)) is not None:
             extras["drift"] = _drift(weight, initial)
         if (partner := self._partners.get(linear.module)) is not None:
             other = next(i.weight() for i in self._linears if i.linear.module == partner)
-            extras["gate_up_correlation"] = gate_up_correlation(
+            extras |= gate_up_alignment(
                 weight, None if partner == linear.module else other.detach()
             )
         return _Record(

@@ -7,7 +7,16 @@ from typing import Any
 
 import polars as pl
 
+from bitplan.findings import (
+    massive_channels,
+    routing,
+    say_massive,
+    say_routing,
+    say_super_weights,
+    super_weights,
+)
 from bitplan.sites import OPERANDS, ROLES
+from bitplan.tables import OUTLIERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,7 @@ class ProfileResult:
     profile: pl.DataFrame
     errors: pl.DataFrame
     sensitivity: pl.DataFrame | None
+    outliers: pl.DataFrame | None
     formats: tuple[str, ...]
     files: tuple[str, ...]
     notes: tuple[str, ...]
@@ -56,6 +66,9 @@ class ProfileResult:
             "up_to_date": self.up_to_date,
             "format": self.formats[0],
             "roles": self.by_role().to_dicts(),
+            "massive_channels": self._massive().to_dicts(),
+            "super_weights": self._super_weights().to_dicts(),
+            "routing": routing(self.profile).to_dicts(),
             "notes": list(self.notes),
             "files": [str(self.run / name) for name in self.files],
             "next": self._next(),
@@ -86,6 +99,7 @@ class ProfileResult:
         lines = [
             *_table(heads, rows),
             *self._legend(),
+            *self._findings(),
             *(f"note: {note}" for note in self.notes),
             f"{wrote} {', '.join(str(self.run / name) for name in self.files)}",
             f"next: {self._next()}",
@@ -96,6 +110,20 @@ class ProfileResult:
         yield f"error: median over sites of squared {self.formats[0]} error over squared norm"
         if self.sensitivity is not None:
             yield "delta loss: nats per token, estimated from one backward pass, summed over sites"
+
+    def _massive(self) -> pl.DataFrame:
+        return massive_channels(self.outliers if self.outliers is not None else OUTLIERS.frame([]))
+
+    def _super_weights(self) -> pl.DataFrame:
+        return super_weights(self.outliers if self.outliers is not None else OUTLIERS.frame([]))
+
+    def _findings(self) -> Iterator[str]:
+        yield from (f"massive activations: {line}" for line in say_massive(self._massive()))
+        yield from (
+            f"super-weight candidates: {line}" for line in say_super_weights(self._super_weights())
+        )
+        if not (experts := routing(self.profile)).is_empty():
+            yield f"experts: {say_routing(experts)}"
 
     def _next(self) -> str:
         return f"bitplan plan {self.run}"

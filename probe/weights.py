@@ -102,7 +102,7 @@ def profile_weights(
         row = site_columns(matrix.linear, "weight") | {"step": 0} | summary.row()
         if (partner := partners.get(name)) is not None:
             other = None if partner == name else read(matrices[partner]).to(device)
-            row["gate_up_correlation"] = float(gate_up_correlation(weight, other))
+            row |= {name: float(v) for name, v in gate_up_alignment(weight, other).items()}
         site = {"site": row["site"], "step": 0}
         yield WeightRecord(
             linear=matrix.linear,
@@ -171,16 +171,18 @@ def gate_up_partners(linears: Sequence[Linear], family: str | None = None) -> di
     return partners
 
 
-def gate_up_correlation(weight: Tensor, other: Tensor | None = None) -> Tensor:
-    """Return the mean |cosine| of matching rows of gate and up weights, a scalar on the device.
+def gate_up_alignment(weight: Tensor, other: Tensor | None = None) -> dict[str, Tensor]:
+    """Return mean and largest |cosine| of matching rows of gate and up weights, on the device.
 
-    weight, other: [out_features, in_features]; without `other`, the two halves of `weight`.
+    weight, other: [out_features, in_features]; without `other`, the two halves of `weight`. The
+    keys are columns of tables.PROFILE. Rows that align make the product of gate and up a square,
+    and its outliers with it (arXiv 2409.12517): the largest tells it first.
     """
     gate, up = weight.chunk(2) if other is None else (weight, other)
     size = max(1, _BLOCK // gate.shape[1])
     pairs = zip(torch.split(gate, size), torch.split(up, size), strict=True)
-    cosines = [F.cosine_similarity(g.float(), u.float(), dim=-1).abs() for g, u in pairs]
-    return torch.cat(cosines).mean()
+    cosines = torch.cat([F.cosine_similarity(g.float(), u.float(), dim=-1).abs() for g, u in pairs])
+    return {"gate_up_correlation": cosines.mean(), "gate_up_correlation_max": cosines.max()}
 
 
 class _Reader:

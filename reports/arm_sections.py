@@ -16,7 +16,7 @@ TOLERANCE = (0.8, 1.25)
 
 
 def training(run: Run, name: str) -> Markup:
-    """Section 7: losses of the arms over tokens, and the inputs' kurtosis over steps."""
+    """Section 8: losses of the arms over tokens, and the inputs' kurtosis over steps."""
     lead = (
         "All arms start from the same weights and see the same batches, so their difference to "
         "bf16 is far more precise than the loss itself."
@@ -86,7 +86,7 @@ def _stats(stats: pl.DataFrame, name: str) -> Markup:
 
 
 def deltas(run: Run, name: str) -> Markup:
-    """Section 8: delta by arm and R before and after, with intervals."""
+    """Section 9: delta by arm and R before and after, with intervals."""
     lead = (
         "delta is what an arm loses on held-out text against bf16 (same data, same seed). R is the "
         "delta of 4-bit inputs over that of 4-bit weights: at 1 the two errors are equal."

@@ -20,6 +20,7 @@ _NEEDED = {
     tables.PROFILE.file: ("site", "operand", "role", "block", "step", "kurtosis"),
     tables.ERRORS.file: ("site", "step", "format", "sqnr_db"),
     tables.SENSITIVITY.file: ("site", "format", "method", "delta_loss"),
+    tables.OUTLIERS.file: ("kind", "module", "block", "channel", "value"),
     tables.FRONTIER.file: ("label", "budget", "cost", "delta_loss"),
     tables.METRICS.file: ("step", "tokens", "loss"),
 }
@@ -46,6 +47,7 @@ class Run:
     profile: pl.DataFrame | None = None
     errors: pl.DataFrame | None = None
     sensitivity: pl.DataFrame | None = None
+    outliers: pl.DataFrame | None = None
     frontier: pl.DataFrame | None = None
     plan: dict[str, Any] | None = None
     verdict: dict[str, Any] | None = None
@@ -120,6 +122,7 @@ def load_run(path: Path) -> Run:
         profile=table(tables.PROFILE),
         errors=table(tables.ERRORS),
         sensitivity=table(tables.SENSITIVITY),
+        outliers=table(tables.OUTLIERS),
         frontier=table(tables.FRONTIER),
         plan=document("plan.json"),
         verdict=document("verdict.json"),

@@ -16,7 +16,15 @@ import altair as alt
 import polars as pl
 import vl_convert
 
-from bitplan.reports import arm_sections, arm_summary, sections, summary, theme, words
+from bitplan.reports import (
+    arm_sections,
+    arm_summary,
+    outlier_sections,
+    sections,
+    summary,
+    theme,
+    words,
+)
 from bitplan.reports.commands import reproduce
 from bitplan.reports.load import Run
 from bitplan.reports.markup import Markup, el, join, json_for_script, table
@@ -32,6 +40,7 @@ from bitplan.reports.numbers import (
 
 SECTIONS: tuple[tuple[str, str, Callable[[Run, str], Markup]], ...] = (
     ("outliers", "Outliers", sections.outliers),
+    ("where", "Where", outlier_sections.where),
     ("errors", "Errors", sections.errors),
     ("sensitivity", "Sensitivity", sections.sensitivity),
     ("plan", "Plan", sections.plan),

@@ -80,7 +80,7 @@ def _layout(beside: bool) -> str | None:
 
 
 def errors(run: Run, name: str) -> Markup:
-    """Section 3: signal over quantization noise by format and role."""
+    """Section 4: signal over quantization noise by format and role."""
     lead = (
         "How well each tensor survives a format on its own: signal over quantization noise, "
         "6 dB a bit. Dots are the median site of a role, lines run from its worst to its best."
@@ -115,7 +115,7 @@ def weights_note(run: Run) -> str | None:
 
 
 def sensitivity(run: Run, name: str) -> Markup:
-    """Section 4: what kurtosis says against what quantizing a site costs."""
+    """Section 5: what kurtosis says against what quantizing a site costs."""
     lead = (
         "A heavy tail need not hurt: what counts is the loss. Each point is one tensor at the "
         "lowest format, its kurtosis against the loss that quantizing it alone costs."
@@ -150,7 +150,7 @@ def sensitivity(run: Run, name: str) -> Markup:
 
 
 def plan(run: Run, name: str) -> Markup:
-    """Section 5: the formats by block and role, and the reasons."""
+    """Section 6: the formats by block and role, and the reasons."""
     lead = (
         "The format of every tensor. Numbers are bits; a cell shows the most any of its sites has."
     )
@@ -213,7 +213,7 @@ def _loss(value: float | None) -> str:
 
 
 def frontier(run: Run, name: str) -> Markup:
-    """Section 6: what every budget buys, and where rules and the plan stand."""
+    """Section 7: what every budget buys, and where rules and the plan stand."""
     lead = (
         "The best plan at every budget (line), plans by simple rules (diamonds), and this plan "
         "(ring). The nearer to the lower left, the better."

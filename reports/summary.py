@@ -63,13 +63,13 @@ def site_map(profile: pl.DataFrame, operand: str) -> pl.DataFrame:
         )
         .with_columns(
             pl.col("site").map_elements(shorten, return_dtype=pl.String),
-            pl.col("token").map_elements(_visible, return_dtype=pl.String, skip_nulls=True),
+            pl.col("token").map_elements(visible, return_dtype=pl.String, skip_nulls=True),
         )
         .sort("block", "role", nulls_last=True)
     )
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """Spell a token so that blanks and control characters can be seen."""
     return shorten(repr(token), TOKEN_LENGTH)
 

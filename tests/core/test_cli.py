@@ -12,8 +12,8 @@ from bitplan.cli import EXIT_BAD_INPUT, main
 COMMANDS = ("profile", "plan", "verify", "report", "demo", "law predict", "law crossover")
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
-    "profile": "-o --output --data --tokens --seq-len --formats --weights-only --no-sensitivity "
-    "--device --seed --trust-remote-code --json",
+    "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only "
+    "--no-sensitivity --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
@@ -55,6 +55,32 @@ def test_no_run_directory_is_one_line_and_exit_2(command: str, tmp_path: Path) -
     assert result.stderr.count("\n") == 1
     assert "bitplan profile" in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["model"], "-o RUN is missing"),
+        (["-o", "run"], "MODEL is missing"),
+        (["--compare", "a", "b", "model", "-o", "run"], "--compare goes without MODEL, --output"),
+        (["--compare", "a", "b", "--tokens", "9"], "--compare goes without --tokens"),
+        (["--compare", "a"], "requires 2 arguments"),
+    ],
+)
+def test_wrong_use_of_profile_is_exit_2(arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, ["profile", *arguments])
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert result.stdout == ""
+    assert says in result.stderr
+
+
+def test_comparing_nothing_is_one_line_and_does_not_load_torch(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["profile", "--compare", str(tmp_path), str(tmp_path)])
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert result.stderr.startswith(f"error: {tmp_path} has neither profile.parquet nor")
+    assert result.stderr.count("\n") == 1
+    code = "import sys; import bitplan.probe.compare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_help_and_version_as_a_process_do_not_load_torch() -> None:

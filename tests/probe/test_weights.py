@@ -18,7 +18,7 @@ from bitplan.probe.modules import find_linears
 from bitplan.probe.stats import tensor_stats
 from bitplan.probe.weights import (
     WeightRecord,
-    gate_up_correlation,
+    gate_up_alignment,
     open_weights,
     profile_weights,
 )
@@ -111,18 +111,22 @@ def test_gate_and_up_in_two_shards(tmp_path: Path) -> None:
         block[f"model.layers.0.mlp.{leaf}_proj.weight"].double().numpy() for leaf in ("gate", "up")
     )
     norms = np.linalg.norm(gate, axis=1) * np.linalg.norm(up, axis=1)
-    want = np.abs((gate * up).sum(1) / norms).mean()
+    cosines = np.abs((gate * up).sum(1) / norms)
     for leaf in ("gate", "up"):
         row = found[f"model.layers.0.mlp.{leaf}_proj"].row
-        assert row["gate_up_correlation"] == pytest.approx(want, rel=1e-5)
+        assert row["gate_up_correlation"] == pytest.approx(cosines.mean(), rel=1e-5)
+        assert row["gate_up_correlation_max"] == pytest.approx(cosines.max(), rel=1e-5)
     assert found["model.layers.0.mlp.down_proj"].row.get("gate_up_correlation") is None
 
 
 def test_gate_and_up_in_one_matrix() -> None:
     gate, up = randn(10, 8), randn(10, 8, seed=1)
-    fused = gate_up_correlation(torch.cat([gate, up]))
-    assert float(fused) == pytest.approx(float(gate_up_correlation(gate, up)))
-    assert float(gate_up_correlation(torch.cat([gate, -3 * gate]))) == pytest.approx(1)
+    fused, apart = gate_up_alignment(torch.cat([gate, up])), gate_up_alignment(gate, up)
+    assert fused == {name: pytest.approx(float(value)) for name, value in apart.items()}
+    up[3] = -3 * gate[3]
+    aligned = gate_up_alignment(gate, up)
+    assert float(aligned["gate_up_correlation_max"]) == pytest.approx(1)
+    assert float(aligned["gate_up_correlation"]) < 0.9
 
 
 def saved(model: nn.Module, directory: Path) -> Path:
@@ -193,7 +197,8 @@ def test_experts_in_three_dimensions(tmp_path: Path) -> None:
             assert (record.linear.role, record.linear.expert) == (role, i)
             assert record.row["std"] == pytest.approx(tensor[i].std(correction=0).item(), rel=1e-5)
         row = found[f"{prefix}.{i}.gate_up_proj"].row
-        assert row["gate_up_correlation"] == pytest.approx(float(gate_up_correlation(up[i])))
+        for name, value in gate_up_alignment(up[i]).items():
+            assert row[name] == pytest.approx(float(value))
 
 
 def test_experts_stored_transposed(tmp_path: Path) -> None:

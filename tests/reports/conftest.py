@@ -76,6 +76,7 @@ class Synthetic:
         self.modules.append(("lm_head", "lm_head", None, None))
         self.profile = [row for m in self.modules for row in self._profile_rows(*m)]
         self.profile.append(self._weight_row("model.embed_tokens", "embed", None, None))
+        self.outliers = self._outlier_rows(prefix)
         self.errors = [row for p in self.profile for row in self._error_rows(p)]
         self.sensitivity = [row for p in self.profile for row in self._sensitivity_rows(p)]
         self.plan_sites = {p["site"]: self._plan_entry(p) for p in self.profile}
@@ -94,15 +95,47 @@ class Synthetic:
             "tokens": 16384,
             "kurtosis_without_first_token": kurtosis * 0.9,
             "kurtosis_without_top_tokens": min(kurtosis, 4 + kurtosis / 12),
+            "top_channel_stability": 0.9,
+            "top_channel_overlap": 0.5 if role in ("qkv", "fc1") and expert is None else None,
+            "top_channels": [
+                {"channel": 17, "absmax": 3.0 * kurtosis, "rms": 2.0, "stability": 1.0},
+                {"channel": 40 + (block or 0), "absmax": 9.0, "rms": 1.0, "stability": 0.8},
+            ],
             "top_tokens": [
                 {"sequence": 0, "position": 7, "absmax": 3.0 * kurtosis, "text": self.token}
             ],
         }
 
     def _weight_row(self, module: str, role: str, block: int | None, expert: int | None) -> Row:
+        alignment = {"gate_up_correlation": 0.2, "gate_up_correlation_max": 0.5 + (block or 0) / 20}
         return self._row(
             module, "weight", role, block, expert, 3.2 + abs(self.random.gauss(0, 0.8))
-        )
+        ) | (alignment if role == "fc1" else {})
+
+    def _outlier_rows(self, prefix: str) -> list[Row]:
+        place = {"sequence": 0, "position": 0, "text": self.token, "channel": 17}
+        massive = {"kind": "massive_activation", "tokens": 4, "first_tokens": 4, **place}
+        rows: list[Row] = [
+            massive
+            | {"module": f"{prefix}.{b}", "block": b, "value": 900.0 - b, "value_over_median": 2e3}
+            for b in range(1, self.blocks)
+        ]
+        return [
+            *rows,
+            {
+                "kind": "super_weight",
+                "module": f"{prefix}.1.mlp.down_proj",
+                "block": 1,
+                **place,
+                "value": 880.0,
+                "value_over_median": 3e3,
+                "input_channel": 5,
+                "input_value": 300.0,
+                "input_over_median": 5e3,
+                "weight": 2.2,
+                "share": 0.75,
+            },
+        ]
 
     def _row(
         self,
@@ -315,12 +348,13 @@ class Synthetic:
             (tables.PROFILE, self.profile),
             (tables.ERRORS, self.errors),
             (tables.SENSITIVITY, self.sensitivity),
+            (tables.OUTLIERS, self.outliers),
         ):
             run.write_table(table.file, table.frame(rows))
         run.finish(
             "profile",
             {"model": self.source, "tokens": 16384, "formats": list(FORMATS)},
-            ["profile.parquet", "errors.parquet", "sensitivity.parquet"],
+            ["profile.parquet", "errors.parquet", "sensitivity.parquet", "outliers.parquet"],
             model={
                 "source": self.source,
                 "content_hash": "feedfacefeedface",

@@ -48,6 +48,8 @@ def test_a_whole_run_shows_every_section(whole: Path) -> None:
     assert set(shown) == {
         "r1-outliers-input",
         "r1-outliers-weight",
+        "r1-where-tokens",
+        "r1-where-channels",
         "r1-errors-input",
         "r1-errors-weight",
         "r1-sensitivity-scatter",
@@ -119,8 +121,8 @@ def test_hostile_names_are_inert(make_run: MakeRun) -> None:
     ("stages", "charts", "missing"),
     [
         ((), 0, ["bitplan profile MODEL", "bitplan plan", "bitplan verify"]),
-        (("profile",), 5, ["bitplan plan", "bitplan verify"]),
-        (("profile", "plan"), 8, ["bitplan verify"]),
+        (("profile",), 7, ["bitplan plan", "bitplan verify"]),
+        (("profile", "plan"), 10, ["bitplan verify"]),
     ],
 )
 def test_a_partial_run_names_the_next_commands(
@@ -147,9 +149,10 @@ def test_weights_only_profiles_and_missing_sensitivity(make_run: MakeRun, tmp_pa
     made.profile = [row for row in made.profile if row["operand"] == "weight"]
     made.errors = [row for row in made.errors if row["site"].endswith(":weight")]
     path = made.write(tmp_path / "weights", stages=("profile",))
-    (path / "sensitivity.parquet").unlink()
     manifest = json.loads((path / "run.json").read_text())
-    manifest["stages"]["profile"]["files"].remove("sensitivity.parquet")
+    for name in ("sensitivity.parquet", "outliers.parquet"):
+        (path / name).unlink()
+        manifest["stages"]["profile"]["files"].remove(name)
     (path / "run.json").write_text(json.dumps(manifest))
     write_report([path])
     html = (path / "report.html").read_text()
