@@ -7,7 +7,7 @@ where it is needed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,20 +73,24 @@ class Search:
         key = (k, *limits)
         if key not in self._memo:
             index, rows = self._parts[k]
+            elsewhere = np.ones(len(self._menu.cell), dtype=bool)
+            elsewhere[index] = False
+            # What pinned cells of other parts use of these limits, as a first cell of one option.
+            used = _least(self._menu.cell[elsewhere], self._menu.costs[np.ix_(rows, elsewhere)])
             menu = Menu(
-                cell=self._menu.cell[index],
-                objective=self._menu.objective[index],
-                costs=self._menu.costs[np.ix_(rows, index)],
-                tie=self._menu.tie[index],
+                cell=np.append(-1, self._menu.cell[index]),
+                objective=np.append(0.0, self._menu.objective[index]),
+                costs=np.column_stack([used, self._menu.costs[np.ix_(rows, index)]]),
+                tie=np.append(0.0, self._menu.tie[index]),
             )
-            self._memo[key] = solve(menu, np.array(limits, dtype=float))
+            found = solve(menu, np.array(limits, dtype=float))
+            self._memo[key] = found and replace(found, options=found.options[1:] - 1)
         return self._memo[key]
 
     @property
     def least(self) -> float:
         """The smallest value of the objective when nothing is limited."""
-        _, start = np.unique(self._cell, return_index=True)
-        return float(np.minimum.reduceat(self._menu.objective, start).sum())
+        return float(_least(self._cell, self._menu.objective[None])[0])
 
     def _allowed(self) -> Bools:
         """Return [cell, option]; a cell without a site to decide keeps its first option."""
@@ -118,6 +122,15 @@ class Search:
             picked = option.reshape(self._groups, 2)
         mine = picked[p.group[p.linear], p.is_input.astype(int)]
         return np.where(p.fixed == UNFIXED, mine, p.fixed)
+
+
+def _least(cell: Ints, costs: Floats) -> Floats:
+    """Return the sum over cells of the least cost of each, [B]; costs: [B, V], cells ascending."""
+    if len(cell) == 0:
+        return np.zeros(len(costs))
+    _, start = np.unique(cell, return_index=True)
+    total: Floats = np.minimum.reduceat(costs, start, axis=1).sum(axis=1)
+    return total
 
 
 def _open_cells(problem: Problem) -> Bools:

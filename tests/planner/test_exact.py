@@ -166,6 +166,19 @@ def test_equals_brute_force(tables: Callable[..., Any], data: st.DataObject) -> 
     assert found.gap == 0.0
 
 
+def test_a_pinned_input_counts_where_weights_have_a_budget_too(tables: Callable[..., Any]) -> None:
+    formats = ("int4-g32", "int8-g32", "bf16")
+    made = tables(1, keep=("q_proj", "k_proj", "down_proj"), formats=formats[:2])
+    pins = ("model.layers.0.mlp.down_proj:input=int8-g32",)
+    problem = read_problem(made.profile, made.errors, made.sensitivity, formats=formats, pins=pins)
+    pinned = {pins[0].partition("=")[0]: parse_format("int8-g32")}
+    rows = made.profile.to_dicts()
+    plans = list(assignments(rows, formats, pinned, per_role=False))
+    values = limits_between(rows, plans, {"bytes": 0.0, "input_bits": 0.0})
+    mine = chosen(problem, best(problem, as_limits(values)).choice)
+    assert naive(rows, mine, "input_bits") == pytest.approx(values["input_bits"])
+
+
 @pytest.mark.parametrize("name", sorted(BUDGETS))
 def test_budgets_are_counted_as_defined(tables: Callable[..., Any], name: str) -> None:
     # 200 is no multiple of the group: the last group is short and has a scale of its own.
