@@ -48,6 +48,13 @@ def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum")
 
 
+def mean_and_stderr(by_sequence: Tensor) -> tuple[float, float | None]:
+    """Return the mean over sequences [sequences] and its standard error, None of a single one."""
+    count = len(by_sequence)
+    stderr = by_sequence.std().item() / math.sqrt(count) if count > 1 else None
+    return by_sequence.mean().item(), stderr
+
+
 def input_terms(x: Tensor, gradient: Tensor, fmt: Format) -> Tensor:
     """Return each row's g.e for an input [rows, in_features] quantized to a format, [rows]."""
     if fmt.granularity == "tensor" or fmt.kind == "nvfp4":  # one scale over all rows
@@ -156,10 +163,8 @@ class GradientSensitivity:
         """Return one reader's share of a tensor's estimate, in nats per predicted token."""
         kl = square / 2 / (self._predicted * share)
         change = first / (self._predicted * share) + kl
-        stderr = None
-        if self._sequences > 1:
-            stderr = change.std().item() / math.sqrt(self._sequences)
-        return {"delta_loss": change.mean().item(), "stderr": stderr, "kl": kl.mean().item()}
+        names = ("delta_loss", "stderr", "kl", "kl_stderr")
+        return dict(zip(names, (*mean_and_stderr(change), *mean_and_stderr(kl)), strict=True))
 
     def _of(self, name: str, operand: Operand) -> _Terms:
         if (name, operand) not in self._terms:
