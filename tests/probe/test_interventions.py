@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import math
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from bitplan.probe import interventions
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.interventions import Intervention, measure_interventions
 from bitplan.probe.modules import find_linears
+from bitplan.probe.trace import Tracer
 from bitplan.quantize import quantize_dequantize
 from bitplan.sites import Site
 
@@ -240,3 +243,22 @@ def test_experts_whose_rows_nobody_can_place_are_refused(build):
     name = "model.layers.0.mlp.experts.0.gate_up_proj:input"
     with pytest.raises(PlanError, match="which of its rows belong to which sequence"):
         measured(model, items, Intervention("it", {Site.parse(name): INT4}))
+
+
+def test_a_pass_could_run_elsewhere(build, tokenizer, monkeypatch):
+    """nnsight's dry run ships the block by value, and runs it where bitplan cannot be imported."""
+    import nnsight
+    from nnsight.modeling.transformers import TransformersModel
+
+    model, items = prepared(build, "llama")
+    asked = singles(items)[:8]
+    wrapped = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+    names = sorted({"lm_head", *(site.module for each in asked for site in each.formats)})
+    tracer = Tracer(wrapped, names, every_pass=False)
+    nnsight.register("bitplan")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the dry run changes its order
+    monkeypatch.setitem(wrapped.__dict__, "trace", partial(wrapped.trace, remote="local"))
+    sums = interventions._pass(tracer, IDS, asked, "lm_head")
+    for effect, shipped in zip(measured(model, items, *asked), sums, strict=True):
+        kl = shipped[1].mean().item() / (IDS.shape[1] - 1)
+        assert effect.kl == pytest.approx(kl, abs=1e-9)
