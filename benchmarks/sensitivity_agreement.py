@@ -5,12 +5,12 @@
 Every input (with all its fused readers) and every weight of the blocks is quantized by itself, and
 the change of loss and the KL divergence are measured on the calibration tokens. Against these stand
 the estimates: kurtosis and the relative quantization error (SQNR in another unit) from a forward
-pass, the gradient's estimates from one backward pass, and the last layer's relative error, which
+pass, the gradient's estimates from two backward passes, and the last layer's relative error, which
 itself costs the exhaustive measurement. Spearman's rank correlation tells whether the order is
 right, the median ratio of estimate to measurement whether the size is: over the tensors whose
 measured value is above two standard errors. Times are CPU seconds of this process; those of the
-backward pass and of the exhaustive measurement are for all formats asked. With --every K only each
-K-th block is measured, and the time of all blocks is inferred.
+backward passes and of the exhaustive measurement are for all formats asked. With --every K only
+each K-th block is measured, and the time of all blocks is inferred.
 """
 
 import argparse
@@ -39,8 +39,8 @@ TARGETS = ("loss", "kl")
 ESTIMATES = {
     "kurtosis": "forward",
     "relative_error": "forward",
-    "gradient_delta_loss": "1 backward",
-    "gradient_kl": "1 backward",
+    "gradient_delta_loss": "2 backwards",
+    "gradient_kl": "2 backwards",
     "last_layer_error": "exhaustive",
 }
 # The estimates that are meant in nats, and what they estimate.

@@ -132,7 +132,7 @@ def _print(result: Any, as_json: bool) -> None:
     is_flag=True,
     help="Stream the weights of safetensors; no model code, no text.",
 )
-@click.option("--no-sensitivity", is_flag=True, help="Skip the backward pass.")
+@click.option("--no-sensitivity", is_flag=True, help="Skip the backward passes.")
 @_option(
     ProfileOptions,
     "interventions",

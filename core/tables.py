@@ -131,7 +131,9 @@ SENSITIVITY = Table(
     (
         _SITE,
         _c("format", pl.String, "", "number format"),
-        _c("method", pl.String, "", "`gradient` (one backward pass) or `intervention` (measured)"),
+        _c(
+            "method", pl.String, "", "`gradient` (two backward passes) or `intervention` (measured)"
+        ),
         _c(
             "delta_loss",
             pl.Float64,

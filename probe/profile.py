@@ -87,7 +87,7 @@ def _asked(options: ProfileOptions) -> dict[str, Any]:
     """Return the options that another profile would come from; interventions only add rows."""
     if options.interventions and (options.weights_only or not options.sensitivity):
         raise BitplanError(
-            "interventions are chosen by the estimates of the backward pass: leave out "
+            "interventions are chosen by the estimates of the backward passes: leave out "
             f"{'--weights-only' if options.weights_only else '--no-sensitivity'}"
         )
     return {name: value for name, value in asdict(options).items() if name != "interventions"}

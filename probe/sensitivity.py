@@ -1,15 +1,17 @@
-"""Sensitivity: what quantizing one site does to the loss, from one backward pass.
+"""Sensitivity: what quantizing one site does to the loss, from two backward passes.
 
-Let L be the summed next-token cross-entropy, g_t = dL/dx_t the gradient at a tensor's row t, and
-e_t = Q(x_t) - x_t its quantization error under a format. The estimate, in nats per predicted token,
+Let L be the summed next-token cross-entropy, g_t = dL/dx_t the gradient at a tensor's row t, h_t
+the same for labels drawn from the model's own predictions, and e_t = Q(x_t) - x_t the quantization
+error under a format. The estimate, in nats per predicted token,
 
-    delta_loss = sum_t [ g_t.e_t + (g_t.e_t)^2 / 2 ] / tokens
-    kl         = sum_t [ (g_t.e_t)^2 / 2 ] / tokens
+    delta_loss = sum_t [ g_t.e_t + (h_t.e_t)^2 / 2 ] / tokens
+    kl         = sum_t [ (h_t.e_t)^2 / 2 ] / tokens
 
-is a Taylor step whose second-order term stands on the empirical Fisher: with true labels, squared
-directional derivatives of the loss have the curvature of the KL divergence as their mean. Errors of
-different rows are taken as independent, so their cross terms are left out. One backward pass serves
-every site and format.
+is a Taylor step whose second-order term stands on the Fisher information: with drawn labels, the
+squared directional derivatives of the loss have the curvature of the KL divergence as their mean.
+(True labels make them about 1.4 times too large; one draw does as well as six: benchmarks/LOG.md.)
+Errors of different rows are taken as independent, so their cross terms are left out. The two passes
+serve every site and format.
 
 An input is what a group of linears is handed (q/k/v; gate and up): g is the gradient through these
 linears alone, not through a residual that reads the same tensor, and each gets an equal share. For
@@ -48,6 +50,21 @@ def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum")
 
 
+def drawn_labels(logits: Tensor, first: int) -> Tensor:
+    """Return labels [sequences, tokens] drawn from a model's predictions, in the place of its ids.
+
+    logits: [sequences, tokens, vocabulary]. The number of a sequence, from `first` on, seeds its
+    draw, so that how sequences are batched changes nothing.
+    """
+    labels = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    generator = torch.Generator(logits.device)
+    for index, sequence in enumerate(logits.detach()):
+        generator.manual_seed(first + index)
+        shares = sequence[:-1].softmax(-1)
+        labels[index, 1:] = torch.multinomial(shares, 1, generator=generator)[:, 0]
+    return labels
+
+
 def mean_and_stderr(by_sequence: Tensor) -> tuple[float, float | None]:
     """Return the mean over sequences [sequences] and its standard error, None of a single one."""
     count = len(by_sequence)
@@ -84,25 +101,27 @@ def _on_gradient(x: Tensor, hook: Callable[[Tensor], None]) -> None:
 
 
 class _Terms:
-    """A tensor's g.e and its square for each format, summed by sequence."""
+    """A tensor's g.e and the square of its h.e for each format, summed by sequence."""
 
     def __init__(self, formats: Sequence[Format], sequences: int, device: torch.device) -> None:
         self.formats = tuple(formats)
         shape = (2, len(self.formats), sequences)
         self.first, self.square = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def add(self, index: int, terms: Tensor, sequences: Tensor) -> None:
+    def add(self, index: int, terms: Tensor, sequences: Tensor, *, squared: bool) -> None:
         """Add the terms of rows [rows], which belong to these sequences [rows]."""
         exact = terms.double()
-        self.first[index].index_add_(0, sequences, exact)
-        self.square[index].index_add_(0, sequences, exact.square())
+        if squared:
+            self.square[index].index_add_(0, sequences, exact.square())
+        else:
+            self.first[index].index_add_(0, sequences, exact)
 
 
 class GradientSensitivity:
     """Gathers the estimate while batches run forward and backward.
 
-    Call `input` and `output` on each linear as it runs, then the backward pass of `summed_loss`:
-    hooks on the tensors do the rest. What no token reached has no rows.
+    Call `input` and `output` on each linear as it runs, then `backward`: hooks on the tensors do
+    the rest. What no token reached has no rows.
     """
 
     def __init__(
@@ -114,6 +133,20 @@ class GradientSensitivity:
         self._device = device
         self._terms: dict[tuple[str, Operand], _Terms] = {}
         self._leaders: dict[str, str] = {}
+        self._squared = False
+
+    def backward(self, logits: Tensor, ids: Tensor, first: int) -> Tensor:
+        """Run a batch backward, from its true labels and from drawn ones; return its summed loss.
+
+        logits: [sequences, tokens, vocabulary]; ids: [sequences, tokens], the first number `first`.
+        """
+        loss = summed_loss(logits, ids)
+        # Not Tensor.backward, which nnsight replaces.
+        self._squared = False
+        torch.autograd.backward(loss, retain_graph=True)
+        self._squared = True
+        torch.autograd.backward(summed_loss(logits, drawn_labels(logits, first)))
+        return loss.detach()
 
     def input(self, name: str, x: Tensor, sequences: Tensor) -> Tensor:
         """Watch the tensor [..., in_features] that a linear is handed; return what it must read.
@@ -177,7 +210,7 @@ class GradientSensitivity:
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         for index, fmt in enumerate(terms.formats):
             if fmt.is_quantized:
-                terms.add(index, input_terms(x, gradient, fmt), sequences)
+                terms.add(index, input_terms(x, gradient, fmt), sequences, squared=self._squared)
 
     @torch.no_grad()
     def _on_output(
@@ -188,4 +221,5 @@ class GradientSensitivity:
         for index, fmt in enumerate(terms.formats):
             if fmt.is_quantized:
                 error = quantize_dequantize(weight, fmt).sub_(weight)
-                terms.add(index, weight_terms(x, gradient, error), sequences)
+                change = weight_terms(x, gradient, error)
+                terms.add(index, change, sequences, squared=self._squared)
