@@ -262,3 +262,13 @@ def test_a_pass_could_run_elsewhere(build, tokenizer, monkeypatch):
     for effect, shipped in zip(measured(model, items, *asked), sums, strict=True):
         kl = shipped[1].mean().item() / (IDS.shape[1] - 1)
         assert effect.kl == pytest.approx(kl, abs=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees(build):
+    model, items = prepared(build, "mixtral")
+    expected = measured(model, items, *singles(items))
+    model.cuda()
+    for effect, other in zip(measured(model, items, *singles(items)), expected, strict=True):
+        assert effect.kl == pytest.approx(other.kl, rel=0.05, abs=1e-5)
