@@ -84,14 +84,14 @@ def measure_interventions(
     names = sorted({head, *(site.module for each in interventions for site in each.formats)})
     with traced(model, names) as tracer:
         _check_order(tracer.order(ids[:1].to(device)), tracer.repeated, names, head)
-        passes = track(
-            (_pass(tracer, batch.to(device), wave, head) for wave in waves for batch in batches),
-            "measuring interventions",
-            total=len(waves) * len(batches),
-        )
-        for wave in waves:
-            found = torch.cat(list(itertools.islice(passes, len(batches))), dim=-1).cpu()
-            yield [_effect(*pair, ids.shape[1] - 1) for pair in zip(wave, found, strict=True)]
+        found: list[Tensor] = []
+        steps = list(itertools.product(waves, batches))
+        for wave, batch in track(steps, "measuring interventions"):
+            found.append(_pass(tracer, batch.to(device), wave, head))
+            if len(found) == len(batches):
+                sums = torch.cat(found, dim=-1).cpu()
+                found.clear()
+                yield [_effect(*pair, ids.shape[1] - 1) for pair in zip(wave, sums, strict=True)]
 
 
 def _check(site: Site, item: LinearModule | None, model: nn.Module) -> None:
