@@ -8,9 +8,12 @@ the estimates: kurtosis and the relative quantization error (SQNR in another uni
 pass, the gradient's estimates from two backward passes, and the last layer's relative error, which
 itself costs the exhaustive measurement. Spearman's rank correlation tells whether the order is
 right, the median ratio of estimate to measurement whether the size is: over the tensors whose
-measured value is above two standard errors. Times are CPU seconds of this process; those of the
-backward passes and of the exhaustive measurement are for all formats asked. With --every K only
-each K-th block is measured, and the time of all blocks is inferred.
+measured value is above two standard errors. Estimates from as many other tokens show what is left
+of the agreement where the noise of the sample is not shared.
+
+Times are CPU seconds of this process; those of the backward passes and of the exhaustive
+measurement are for all formats asked. With --every K only each K-th block is measured, and the time
+of all blocks is inferred.
 """
 
 import argparse
@@ -41,10 +44,17 @@ ESTIMATES = {
     "relative_error": "forward",
     "gradient_delta_loss": "2 backwards",
     "gradient_kl": "2 backwards",
+    "gradient_delta_loss_other_tokens": "2 backwards",
+    "gradient_kl_other_tokens": "2 backwards",
     "last_layer_error": "exhaustive",
 }
 # The estimates that are meant in nats, and what they estimate.
-IN_NATS = {"gradient_delta_loss": "loss", "gradient_kl": "kl"}
+IN_NATS = {
+    "gradient_delta_loss": "loss",
+    "gradient_kl": "kl",
+    "gradient_delta_loss_other_tokens": "loss",
+    "gradient_kl_other_tokens": "kl",
+}
 
 
 class Clock:
@@ -89,7 +99,11 @@ def forward_estimates(
 
 
 def rows_of(
-    checkpoint: Checkpoint, ids: torch.Tensor, formats: Sequence[Format], every: int
+    checkpoint: Checkpoint,
+    ids: torch.Tensor,
+    other_ids: torch.Tensor,
+    formats: Sequence[Format],
+    every: int,
 ) -> tuple[pl.DataFrame, dict[str, float]]:
     """Return a row per tensor and format with every estimate and both targets, and the times."""
     model, items = checkpoint.model, find_linears(checkpoint.model)
@@ -101,8 +115,11 @@ def rows_of(
     clock = Clock()
     inputs = measure_inputs(model, items, ids, formats, has_loss=True, sensitivity=True)
     times["forward_and_backward_s"] = clock.seconds()
-    assert inputs.sensitivity is not None
-    gradient = {(row["site"], row["format"]): row for row in inputs.sensitivity}
+    other = measure_inputs(model, items, other_ids, formats, has_loss=True, sensitivity=True)
+    gradient, elsewhere = (
+        {(row["site"], row["format"]): row for row in found.sensitivity or ()}
+        for found in (inputs, other)
+    )
     asked = [
         Intervention(f"{name}:{operand}", {i.linear.site(operand): fmt for i in readers})
         for fmt in formats
@@ -116,15 +133,20 @@ def rows_of(
     for effect in effects:
         sites = effect.intervention.formats
         (first, fmt), *_ = sites.items()
-        estimates = [gradient[str(site), fmt.name] for site in sites]
+        here, there = (
+            [estimates[str(site), fmt.name] for site in sites]
+            for estimates in (gradient, elsewhere)
+        )
         rows.append(
             {
                 "tensor": effect.intervention.name,
                 "operand": first.operand,
                 "format": fmt.name,
                 **by_format[fmt][first],
-                "gradient_delta_loss": sum(row["delta_loss"] for row in estimates),
-                "gradient_kl": sum(row["kl"] for row in estimates),
+                "gradient_delta_loss": sum(row["delta_loss"] for row in here),
+                "gradient_kl": sum(row["kl"] for row in here),
+                "gradient_delta_loss_other_tokens": sum(row["delta_loss"] for row in there),
+                "gradient_kl_other_tokens": sum(row["kl"] for row in there),
                 "last_layer_error": effect.last_layer_error,
                 "loss": effect.delta_loss,
                 "loss_stderr": effect.stderr,
@@ -179,11 +201,11 @@ def _ranked(rows: pl.DataFrame, by: str, count: int = 5) -> Iterator[dict[str, A
 
 def show(name: str, found: dict[str, Any]) -> None:
     print(f"\n{name}: {found['tensors']} tensors, loss and KL agree at {found['spearman_loss_kl']}")
-    print(f"{'estimate':22}{'cost':>12}{'with loss':>12}{'with KL':>12}{'median ratio':>14}")
+    print(f"{'estimate':34}{'cost':>12}{'with loss':>12}{'with KL':>12}{'median ratio':>14}")
     for estimate, row in found["estimates"].items():
         ratio = row.get("median_ratio")
         print(
-            f"{estimate:22}{ESTIMATES[estimate]:>12}{row['spearman_loss']:>12}"
+            f"{estimate:34}{ESTIMATES[estimate]:>12}{row['spearman_loss']:>12}"
             f"{row['spearman_kl']:>12}{'' if ratio is None else ratio:>14}"
         )
 
@@ -205,11 +227,12 @@ def main() -> None:
         load_text(tuple(asked.data)),
         checkpoint.tokenizer,
         "calibration",
-        tokens=asked.tokens,
+        tokens=2 * asked.tokens,
         seq_len=asked.seq_len,
         seed=0,
     )
-    rows, times = rows_of(checkpoint, ids, formats, asked.every)
+    ids, other_ids = ids.chunk(2)
+    rows, times = rows_of(checkpoint, ids, other_ids, formats, asked.every)
     found = {
         f"{operand}s at {fmt.name}": agreement(rows.filter(operand=operand, format=fmt.name))
         for fmt in formats
