@@ -37,7 +37,7 @@ from bitplan.sites import Site
 MAX_INTERVENTIONS = 8
 _PASS_BYTES = {"cpu": 1 << 30}
 _GPU_PASS_BYTES = 1 << 34
-_CHUNK_ELEMENTS = 1 << 24  # log-probabilities held at a time
+_CHUNK_ELEMENTS = 1 << 22  # log-probabilities of a slot at a time
 
 
 @dataclass(frozen=True)

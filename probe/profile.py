@@ -45,6 +45,7 @@ from bitplan.sites import site_columns
 from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
 
 STAGE = "profile"
+_NONE = {"interventions": 0}
 _EMPTY = {"tokens": 0, "count": 0, "nan_count": 0, "inf_count": 0}
 
 
@@ -60,7 +61,7 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
         if options.weights_only:
             return _weights_only(target, options, formats)
         corpus = load_text(options.data)
-        asked = _asked(options) | {
+        asked = _asked(target, options) | {
             "model_hash": identify(options.model, trust_remote_code=options.trust_remote_code),
             "data_hash": corpus.content_hash,
         }
@@ -77,20 +78,25 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
             )
         ids = _calibration_ids(checkpoint, corpus, options)
         if not is_done:
-            _measure(target, options, asked, formats, corpus, checkpoint, ids)
+            _measure(target, options, asked | _NONE, formats, corpus, checkpoint, ids)
         if options.interventions:
-            _intervene(target, options, asked, checkpoint, ids)
+            now = {"interventions": options.interventions}
+            _intervene(target, options, asked | now, checkpoint, ids)
         return _result(target, up_to_date=False)
 
 
-def _asked(options: ProfileOptions) -> dict[str, Any]:
-    """Return the options that another profile would come from; interventions only add rows."""
+def _asked(target: RunDir, options: ProfileOptions) -> dict[str, Any]:
+    """Return the options that identify a profile, with the interventions that it already holds.
+
+    Interventions only add rows, so that other ones make no other profile.
+    """
     if options.interventions and (options.weights_only or not options.sensitivity):
         raise BitplanError(
             "interventions are chosen by the estimates of the backward passes: leave out "
             f"{'--weights-only' if options.weights_only else '--no-sensitivity'}"
         )
-    return {name: value for name, value in asdict(options).items() if name != "interventions"}
+    done = target.manifest["stages"].get(STAGE, {}).get("options", {})
+    return asdict(options) | {"interventions": done.get("interventions", 0)}
 
 
 def _tables(target: RunDir) -> dict[str, pl.DataFrame]:
@@ -167,7 +173,7 @@ def _weights_only(
 ) -> ProfileResult:
     """Profile the weights of safetensors files alone, which need not fit in memory."""
     files = open_weights(options.model)
-    asked = _asked(options) | {"model_hash": hash_files(files.files)}
+    asked = _asked(target, options) | _NONE | {"model_hash": hash_files(files.files)}
     if target.is_done(STAGE, asked):
         return _result(target, up_to_date=True)
     records = list(

@@ -153,6 +153,7 @@ def test_how_passes_are_cut_changes_nothing(build, monkeypatch, slots, sequences
     asked = singles(items)[:7]
     expected = measured(model, items, *asked)
     monkeypatch.setattr("bitplan.probe.interventions._shape_of_pass", lambda *_: (slots, sequences))
+    monkeypatch.setattr("bitplan.probe.interventions._CHUNK_ELEMENTS", 5 * 257)  # of 11 tokens
     waves = list(measure_interventions(model, items, IDS, asked))
     assert len(waves[0]) == min(slots - 1, 7)
     for effect, other in zip((e for wave in waves for e in wave), expected, strict=True):

@@ -13,6 +13,7 @@ from bitplan.probe.measured import to_measure, with_effects
 from bitplan.probe.modules import find_linears
 from bitplan.probe.profile import profile_checkpoint
 from bitplan.probe.text import load_text, tokenize
+from bitplan.rundir import RunDir
 from bitplan.sites import PLANNED_ROLES
 from bitplan.tables import PROFILE, SENSITIVITY
 
@@ -104,6 +105,8 @@ def test_a_profile_is_added_to_and_what_is_there_is_not_measured_again(run, opti
     rows = measured(run)
     assert rows.head(len(after[1]) - len(before[1])).equals(after[1].filter(method="intervention"))
     assert not to_measure(*tables(run), 5)
+    assert RunDir.open(run).manifest["stages"]["profile"]["options"]["interventions"] == 5
+    assert profile_checkpoint(run, options).up_to_date
     assert (
         rows.select("delta_loss", "stderr", "kl", "last_layer_error")
         .null_count()
