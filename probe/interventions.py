@@ -66,7 +66,7 @@ class Effect:
 def measure_interventions(
     model: Any, items: Sequence[LinearModule], ids: Tensor, interventions: Sequence[Intervention]
 ) -> Iterator[list[Effect]]:
-    """Yield the effects on token ids [sequences, tokens], in order, those of a pass together.
+    """Yield the effects on token ids [sequences, tokens], in order, as many as share a pass.
 
     Raises PlanError for a site that the model does not have or that no forward pass can quantize,
     CheckpointError for a linear that runs more than once in a pass, or never.
@@ -159,7 +159,7 @@ class _Edit:
     weights: dict[int, Format]
     slot_rows: int
 
-    def on_input(self, module: nn.Module, parent: nn.Module, x: Tensor) -> Tensor:
+    def on_input(self, parent: nn.Module, x: Tensor) -> Tensor:
         """Return the input with the rows of the slots in `inputs` quantized."""
         if not self.inputs:
             return x

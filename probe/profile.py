@@ -3,7 +3,7 @@
 The stage loads a checkpoint, reads calibration text, measures every weight and every input, and
 writes the tables together at its end: what fails leaves the run directory as it was. Asked again
 with the same options, checkpoint and text, it returns what is there. Interventions, which take far
-longer, come after that and are added to the finished profile pass by pass: a kill loses one pass.
+longer, come after that and are added to the finished profile, those of a pass together.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -121,7 +121,7 @@ def _intervene(
     checkpoint: Checkpoint,
     ids: Tensor,
 ) -> None:
-    """Measure what is left, adding its rows to the finished profile pass by pass."""
+    """Measure what is left, adding rows to the finished profile as they come."""
     tables = _tables(target)
     left = to_measure(tables[PROFILE.file], tables[SENSITIVITY.file], options.interventions)
     items = find_linears(checkpoint.model)

@@ -34,11 +34,11 @@ class Watcher(Protocol):
 class Edit(Protocol):
     """What a trace puts in place of a linear's input and output. Holds no state, no module."""
 
-    def on_input(self, module: nn.Module, parent: nn.Module, x: Tensor) -> Tensor:
-        """Return what the linear `module`, a child of `parent`, must read in place of `x`."""
+    def on_input(self, parent: nn.Module, x: Tensor) -> Tensor:
+        """Return what the linear, a child of `parent`, must read in place of `x`."""
 
     def on_output(self, module: nn.Module, parent: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return what must follow in place of `y`, which the linear computed from `x`."""
+        """Return what must follow in place of `y`, which the linear `module` computed from `x`."""
 
 
 # From the head's input and its logits to what is kept of a pass.
@@ -92,7 +92,7 @@ class Tracer:
         with wrapped.trace(input_ids=ids, **options):
             for envoy, parent, edit in steps:
                 hidden = envoy.input
-                x = edit.on_input(envoy._module, parent._module, hidden)
+                x = edit.on_input(parent._module, hidden)
                 envoy.input = x
                 envoy.output = edit.on_output(envoy._module, parent._module, x, envoy.output)
             summary: Tensor = save(summarize(hidden, wrapped.output.logits))
