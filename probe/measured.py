@@ -4,8 +4,8 @@ The unit is what a plan decides on: a weight, or an input with all of the fused 
 (q/k/v; gate and up), which are quantized together. As with the gradient, each of them then gets an
 equal share of the effect, so that the rows of a group add up to what was measured.
 
-sensitivity.parquet itself is the record of what is done: rows are added to it as they come, and what
-is in it is not measured again. A kill loses what shared the pass in progress, eight at the most.
+sensitivity.parquet itself is the record of what is done: rows are added to it as they come, and
+what is in it is not measured again. A kill loses those of the pass in progress, eight at the most.
 """
 
 from collections.abc import Iterator, Sequence
