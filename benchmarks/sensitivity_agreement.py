@@ -5,7 +5,7 @@
 Every input (with all its fused readers) and every weight of the blocks is quantized by itself, and
 the change of loss and the KL divergence are measured on the calibration tokens. Against these stand
 the estimates: kurtosis and the relative quantization error (SQNR in another unit) from a forward
-pass, the gradient's estimates from two backward passes, and the last layer's relative error, which
+pass, the gradient's estimates from backward passes, and the last layer's relative error, which
 itself costs the exhaustive measurement. Spearman's rank correlation tells whether the order is
 right, the median ratio of estimate to measurement whether the size is: over the tensors whose
 measured value is above two standard errors. Estimates from as many other tokens show what is left
@@ -42,10 +42,10 @@ TARGETS = ("loss", "kl")
 ESTIMATES = {
     "kurtosis": "forward",
     "relative_error": "forward",
-    "gradient_delta_loss": "2 backwards",
-    "gradient_kl": "2 backwards",
-    "gradient_delta_loss_other_tokens": "2 backwards",
-    "gradient_kl_other_tokens": "2 backwards",
+    "gradient_delta_loss": "backwards",
+    "gradient_kl": "backwards",
+    "gradient_delta_loss_other_tokens": "backwards",
+    "gradient_kl_other_tokens": "backwards",
     "last_layer_error": "exhaustive",
 }
 # The estimates that are meant in nats, and what they estimate.

@@ -28,7 +28,7 @@ class ProfileOptions:
     weights_only: bool = False
     """Stream the weights alone: no model code, no text, no inputs."""
     sensitivity: bool = True
-    """Estimate the change of loss per (site, format) from two backward passes."""
+    """Estimate the change of loss per (site, format) from backward passes."""
     interventions: int | Literal["all"] = 0
     """Measure these many of the largest estimates, a forward pass over all tokens each."""
     device: str = "auto"

@@ -131,9 +131,7 @@ SENSITIVITY = Table(
     (
         _SITE,
         _c("format", pl.String, "", "number format"),
-        _c(
-            "method", pl.String, "", "`gradient` (two backward passes) or `intervention` (measured)"
-        ),
+        _c("method", pl.String, "", "`gradient` (backward passes) or `intervention` (measured)"),
         _c(
             "delta_loss",
             pl.Float64,

@@ -102,7 +102,7 @@ class ProfileResult:
     def _legend(self) -> Iterator[str]:
         yield f"error: median over sites of squared {self.formats[0]} error over squared norm"
         if self.sensitivity is not None:
-            yield "delta loss: nats per token, estimated by two backward passes, summed over sites"
+            yield "delta loss: nats per token, estimated by backward passes, summed over sites"
             changes = self._changes()
             if measured := len(changes.filter(method="intervention")):
                 yield f"of {len(changes)} sites, {measured} were measured by intervention instead"

@@ -1,4 +1,4 @@
-"""Sensitivity: what quantizing one site does to the loss, from two backward passes.
+"""Sensitivity: what quantizing one site does to the loss, from backward passes alone.
 
 Let L be the summed next-token cross-entropy, g_t = dL/dx_t the gradient at a tensor's row t, h_t
 the same for labels drawn from the model's own predictions, and e_t = Q(x_t) - x_t the quantization
@@ -9,9 +9,10 @@ error under a format. The estimate, in nats per predicted token,
 
 is a Taylor step whose second-order term stands on the Fisher information: with drawn labels, the
 squared directional derivatives of the loss have the curvature of the KL divergence as their mean.
-(True labels make them about 1.4 times too large; one draw does as well as six: benchmarks/LOG.md.)
-Errors of different rows are taken as independent, so their cross terms are left out. The two passes
-serve every site and format.
+(True labels make them about 1.4 times too large: benchmarks/LOG.md.) Of few sequences labels are
+drawn several times over, since a draw says little of the few rows that all others attend to. Errors
+of different rows are taken as independent, so their cross terms are left out. The passes serve
+every site and format.
 
 An input is what a group of linears is handed (q/k/v; gate and up): g is the gradient through these
 linears alone, not through a residual that reads the same tensor, and each gets an equal share. For
@@ -37,6 +38,7 @@ from bitplan.quantize import quantize_dequantize
 from bitplan.sites import PLANNED_ROLES, Site
 
 ROLES = (*PLANNED_ROLES, "lm_head")
+_DRAWS = 16  # labels are drawn for at least this many sequences, so often over
 _BLOCK = {"cpu": 1 << 18}  # elements quantized at a time; the temporaries stay in a core's cache
 _GPU_BLOCK = 1 << 26
 
@@ -50,16 +52,16 @@ def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum")
 
 
-def drawn_labels(logits: Tensor, first: int) -> Tensor:
+def drawn_labels(logits: Tensor, first: int, draw: int) -> Tensor:
     """Return labels [sequences, tokens] drawn from a model's predictions, in the place of its ids.
 
-    logits: [sequences, tokens, vocabulary]. The number of a sequence, from `first` on, seeds its
-    draw, so that how sequences are batched changes nothing.
+    logits: [sequences, tokens, vocabulary]. The number of a sequence, from `first` on, and that of
+    the draw are the seed, so that how sequences are batched changes nothing.
     """
     labels = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
     generator = torch.Generator(logits.device)
     for index, sequence in enumerate(logits.detach()):
-        generator.manual_seed(first + index)
+        generator.manual_seed(_DRAWS * (first + index) + draw)  # the CPU takes 32 bits of it
         shares = sequence[:-1].softmax(-1)
         labels[index, 1:] = torch.multinomial(shares, 1, generator=generator)[:, 0]
     return labels
@@ -134,6 +136,7 @@ class GradientSensitivity:
         self._terms: dict[tuple[str, Operand], _Terms] = {}
         self._leaders: dict[str, str] = {}
         self._squared = False
+        self.draws = max(1, -(-_DRAWS // sequences))
 
     def backward(self, logits: Tensor, ids: Tensor, first: int) -> Tensor:
         """Run a batch backward, from its true labels and from drawn ones; return its summed loss.
@@ -145,7 +148,9 @@ class GradientSensitivity:
         self._squared = False
         torch.autograd.backward(loss, retain_graph=True)
         self._squared = True
-        torch.autograd.backward(summed_loss(logits, drawn_labels(logits, first)))
+        for draw in range(self.draws):
+            drawn = summed_loss(logits, drawn_labels(logits, first, draw))
+            torch.autograd.backward(drawn, retain_graph=draw < self.draws - 1)
         return loss.detach()
 
     def input(self, name: str, x: Tensor, sequences: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ class GradientSensitivity:
 
     def _estimate(self, first: Tensor, square: Tensor, share: int) -> dict[str, float | None]:
         """Return one reader's share of a tensor's estimate, in nats per predicted token."""
-        kl = square / 2 / (self._predicted * share)
+        kl = square / 2 / (self.draws * self._predicted * share)
         change = first / (self._predicted * share) + kl
         names = ("delta_loss", "stderr", "kl", "kl_stderr")
         return dict(zip(names, (*mean_and_stderr(change), *mean_and_stderr(kl)), strict=True))

@@ -13,7 +13,7 @@ from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.inputs import measure_inputs
 from bitplan.probe.interventions import Intervention, measure_interventions
 from bitplan.probe.modules import find_linears
-from bitplan.probe.sensitivity import drawn_labels, summed_loss
+from bitplan.probe.sensitivity import GradientSensitivity, drawn_labels, summed_loss
 from bitplan.probe.text import load_text, tokenize
 from bitplan.quantize import quantize_dequantize
 
@@ -35,8 +35,9 @@ def loss_of(model, ids, labels=None):
 
 
 def labels_drawn(model, ids):
+    """Return the draws that three sequences get: as many as make sixteen sequences."""
     with torch.no_grad():
-        return drawn_labels(model(input_ids=ids).logits, 0)
+        return [drawn_labels(model(input_ids=ids).logits, 0, draw) for draw in range(6)]
 
 
 @contextlib.contextmanager
@@ -85,9 +86,9 @@ def row_slopes(model, ids, labels, moved, step=1e-4):
 def expected(model, ids, moved):
     """Return the estimate from finite differences: true labels, and the ones that are drawn."""
     slopes = row_slopes(model, ids, ids, moved)
-    drawn = row_slopes(model, ids, labels_drawn(model, ids), moved)
+    draws = [row_slopes(model, ids, labels, moved) for labels in labels_drawn(model, ids)]
     predicted = TOKENS - 1
-    kl = drawn.square().sum(1) / 2 / predicted
+    kl = torch.stack(draws).square().mean(0).sum(1) / 2 / predicted
     change = slopes.sum(1) / predicted + kl
     return {
         "delta_loss": change.mean().item(),
@@ -235,13 +236,21 @@ def test_the_order_of_sites_is_that_of_exhaustive_measurement(trained):
 def test_labels_are_drawn_from_the_predictions():
     shares = torch.tensor([0.5, 0.3, 0.2, 0.0])
     logits = shares.log().expand(4, 20_001, 4)
-    labels = drawn_labels(logits, 7)
+    labels = drawn_labels(logits, 7, 2)
     for sequence in labels[:, 1:]:
         assert (sequence.bincount(minlength=4) / 20_000).tolist() == pytest.approx(
             shares.tolist(), abs=0.015
         )
     assert len({tuple(sequence.tolist()) for sequence in labels}) == 4
-    assert torch.equal(drawn_labels(logits[1:3], 8), labels[1:3])
+    assert torch.equal(drawn_labels(logits[1:3], 8, 2), labels[1:3])
+    assert not torch.equal(drawn_labels(logits[1:3], 8, 1), labels[1:3])
+
+
+@pytest.mark.parametrize(("sequences", "draws"), [(1, 16), (2, 8), (5, 4), (16, 1), (1000, 1)])
+def test_few_sequences_are_drawn_more_often(sequences, draws):
+    device = torch.device("cpu")
+    estimate = GradientSensitivity((INT4,), sequences=sequences, seq_len=8, device=device)
+    assert estimate.draws == draws
 
 
 @pytest.mark.slow
