@@ -68,6 +68,11 @@ def _comma(_ctx: click.Context, _param: click.Parameter, value: Any) -> tuple[st
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _count(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Return a number from 0 on, or the word `all`."""
+    return value if value == "all" else click.IntRange(0).convert(value, param, ctx)
+
+
 def _list_option(
     options: type, name: str, flag: str, **kwargs: Any
 ) -> Callable[[Command], Command]:
@@ -135,7 +140,16 @@ def _print(result: Any, as_json: bool) -> None:
     is_flag=True,
     help="Stream the weights of safetensors; no model code, no text.",
 )
-@click.option("--no-sensitivity", is_flag=True, help="Skip the backward pass.")
+@click.option("--no-sensitivity", is_flag=True, help="Skip the backward passes.")
+@_option(
+    ProfileOptions,
+    "interventions",
+    "--interventions",
+    callback=_count,
+    metavar="N|all",
+    show_default=True,
+    help="Measure the N largest estimates under quantization, a pass over the tokens each.",
+)
 @_option(ProfileOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 @_option(
     ProfileOptions,

@@ -4,6 +4,7 @@ No stage imports happen here, so that the CLI can show defaults without torch.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bitplan.formats import DEFAULT_HIGH, DEFAULT_LOW
 
@@ -27,7 +28,9 @@ class ProfileOptions:
     weights_only: bool = False
     """Stream the weights alone: no model code, no text, no inputs."""
     sensitivity: bool = True
-    """Estimate the change of loss per (site, format) from one backward pass."""
+    """Estimate the change of loss per (site, format) from backward passes."""
+    interventions: int | Literal["all"] = 0
+    """Measure these many of the largest estimates, a forward pass over all tokens each."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto (cuda where there is one)."""
     seed: int = 0

@@ -27,5 +27,8 @@ def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterat
         now = time.monotonic()
         if now - start > DELAY_S and now - last > LINE_EVERY_S:
             last = now
-            print(f"{label}: {done} of {total or '?'}, {now - start:.0f} s", file=sys.stderr)
+            left = (
+                f", about {(now - start) * (total / done - 1):.0f} s left" if total and done else ""
+            )
+            print(f"{label}: {done} of {total or '?'}, {now - start:.0f} s{left}", file=sys.stderr)
         yield item

@@ -183,10 +183,22 @@ SENSITIVITY = Table(
     (
         _SITE,
         _c("format", pl.String, "", "number format"),
-        _c("method", pl.String, "", "`gradient` (one backward pass) or `intervention` (measured)"),
-        _c("delta_loss", pl.Float64, "nats per token", "change of loss when the site is quantized"),
+        _c("method", pl.String, "", "`gradient` (backward passes) or `intervention` (measured)"),
+        _c(
+            "delta_loss",
+            pl.Float64,
+            "nats per token",
+            "change of loss when the site is quantized; readers of one input share it equally",
+        ),
         _c("stderr", pl.Float64, "nats per token", "standard error of delta_loss over sequences"),
         _c("kl", pl.Float64, "nats per token", "KL divergence from the unquantized predictions"),
+        _c("kl_stderr", pl.Float64, "nats per token", "standard error of kl over sequences"),
+        _c(
+            "last_layer_error",
+            pl.Float64,
+            "",
+            "interventions: squared error of the last hidden states over their squared norm",
+        ),
     ),
 )
 

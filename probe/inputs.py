@@ -1,7 +1,7 @@
 """Inputs: calibration tokens through the model under nnsight, a batch at a time.
 
 Each linear's input goes into a streaming statistic as it is computed, and, where sensitivity is
-asked for, the same pass is run backward (sensitivity.py). Linears that are handed one tensor
+asked for, the same pass is run backward, twice (sensitivity.py). Linears that are handed one tensor
 (q/k/v; gate and up) share its statistics. Nothing of a batch outlives it, so memory does not grow
 with tokens; batches are as large as a bound on activations allows.
 """
@@ -80,13 +80,12 @@ def measure_inputs(
             watcher.begin(batch, start)
             with torch.set_grad_enabled(estimate is not None):
                 output = tracer.run(batch, watcher)
-                batch_loss = summed_loss(output.logits, batch) if has_loss else loss.new_zeros(())
             if estimate is not None:
-                # Not Tensor.backward, which nnsight replaces.
-                torch.autograd.backward(batch_loss)
-            loss += batch_loss.detach()
+                loss += estimate.backward(output.logits, batch, start)
+            elif has_loss:
+                loss += summed_loss(output.logits, batch)
             watcher.end()
-            del output, batch_loss
+            del output
     predicted = len(ids) * (ids.shape[1] - 1)
     return Inputs(
         stats={name: stats for name, stats in watcher.stats.items() if stats.rows},

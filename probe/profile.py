@@ -2,7 +2,8 @@
 
 The stage loads a checkpoint, reads calibration text, measures every weight and every input, and
 writes the tables together at its end: what fails leaves the run directory as it was. Asked again
-with the same options, checkpoint and text, it returns what is there.
+with the same options, checkpoint and text, it returns what is there. Interventions, which take far
+longer, come after that and are added to the finished profile, those of a pass together.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import polars as pl
 from torch import Tensor
 
-from bitplan.errors import CheckpointError, DataError
+from bitplan.errors import BitplanError, CheckpointError, DataError
 from bitplan.formats import Format, parse_formats
 from bitplan.options import ProfileOptions
 from bitplan.probe.channels import channel_overlap, with_stability
@@ -27,6 +28,8 @@ from bitplan.probe.checkpoint import (
     some,
 )
 from bitplan.probe.inputs import Inputs, measure_inputs
+from bitplan.probe.interventions import measure_interventions
+from bitplan.probe.measured import Count, to_measure, with_effects
 from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.probe.result import ProfileResult
 from bitplan.probe.stats import Summary, TensorStats, fetch, to_host
@@ -43,6 +46,7 @@ from bitplan.sites import site_columns
 from bitplan.tables import ERRORS, OUTLIERS, PROFILE, SENSITIVITY
 
 STAGE = "profile"
+_NONE = {"interventions": 0}
 _EMPTY = {"tokens": 0, "count": 0, "nan_count": 0, "inf_count": 0}
 
 
@@ -58,13 +62,73 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
         if options.weights_only:
             return _weights_only(target, options, formats)
         corpus = load_text(options.data)
-        asked = asdict(options) | {
+        asked = _asked(target, options) | {
             "model_hash": identify(options.model, trust_remote_code=options.trust_remote_code),
             "data_hash": corpus.content_hash,
         }
-        if target.is_done(STAGE, asked):
+        is_done = target.is_done(STAGE, asked)
+        if is_done and _is_measured(target, options.interventions):
             return _result(target, up_to_date=True)
-        return _measure(target, options, asked, formats, corpus)
+        checkpoint = load_checkpoint(
+            options.model, device=options.device, trust_remote_code=options.trust_remote_code
+        )
+        if options.interventions and not checkpoint.has_loss:
+            raise CheckpointError(
+                f"{type(checkpoint.model).__name__} predicts no next token, so that interventions "
+                "have nothing to change: leave out --interventions"
+            )
+        ids = _calibration_ids(checkpoint, corpus, options)
+        if not is_done:
+            _measure(target, options, asked | _NONE, formats, corpus, checkpoint, ids)
+        if options.interventions:
+            now = {"interventions": options.interventions}
+            _intervene(target, options, asked | now, checkpoint, ids)
+        return _result(target, up_to_date=False)
+
+
+def _asked(target: RunDir, options: ProfileOptions) -> dict[str, Any]:
+    """Return the options that identify a profile, with the interventions that it already holds.
+
+    Interventions only add rows, so that other ones make no other profile.
+    """
+    if options.interventions and (options.weights_only or not options.sensitivity):
+        raise BitplanError(
+            "interventions are chosen by the estimates of the backward passes: leave out "
+            f"{'--weights-only' if options.weights_only else '--no-sensitivity'}"
+        )
+    done = target.manifest["stages"].get(STAGE, {}).get("options", {})
+    return asdict(options) | {"interventions": done.get("interventions", 0)}
+
+
+def _tables(target: RunDir) -> dict[str, pl.DataFrame]:
+    """Return the tables of the finished profile by file name."""
+    return {name: target.read_table(name) for name in target.manifest["stages"][STAGE]["files"]}
+
+
+def _is_measured(target: RunDir, count: Count) -> bool:
+    """Whether the finished profile holds these interventions."""
+    if not count:
+        return True
+    tables = _tables(target)
+    return SENSITIVITY.file in tables and not to_measure(
+        tables[PROFILE.file], tables[SENSITIVITY.file], count
+    )
+
+
+def _intervene(
+    target: RunDir,
+    options: ProfileOptions,
+    asked: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    ids: Tensor,
+) -> None:
+    """Measure what is left, adding rows to the finished profile as they come."""
+    tables = _tables(target)
+    left = to_measure(tables[PROFILE.file], tables[SENSITIVITY.file], options.interventions)
+    items = find_linears(checkpoint.model)
+    for effects in measure_interventions(checkpoint.model, items, ids, left):
+        tables[SENSITIVITY.file] = with_effects(tables[SENSITIVITY.file], effects)
+        target.commit(STAGE, asked, tables)
 
 
 def _measure(
@@ -73,11 +137,9 @@ def _measure(
     asked: Mapping[str, Any],
     formats: Sequence[Format],
     corpus: Corpus,
-) -> ProfileResult:
-    checkpoint = load_checkpoint(
-        options.model, device=options.device, trust_remote_code=options.trust_remote_code
-    )
-    ids = _calibration_ids(checkpoint, corpus, options)
+    checkpoint: Checkpoint,
+    ids: Tensor,
+) -> None:
     items = find_linears(checkpoint.model)
     inputs = measure_inputs(
         checkpoint.model,
@@ -116,7 +178,7 @@ def _measure(
         *inputs.notes,
         *inputs.outliers.notes(),
     ]
-    return _write(target, asked, frames, facts, notes)
+    _write(target, asked, frames, facts, notes)
 
 
 def _weights_only(
@@ -124,7 +186,7 @@ def _weights_only(
 ) -> ProfileResult:
     """Profile the weights of safetensors files alone, which need not fit in memory."""
     files = open_weights(options.model)
-    asked = asdict(options) | {"model_hash": hash_files(files.files)}
+    asked = _asked(target, options) | _NONE | {"model_hash": hash_files(files.files)}
     if target.is_done(STAGE, asked):
         return _result(target, up_to_date=True)
     records = list(
@@ -157,7 +219,8 @@ def _weights_only(
         notes.append(
             f"{len(files.skipped)} tensors are no linears (norms, biases): {some(files.skipped)}"
         )
-    return _write(target, asked, frames, {"model": model, "data": None, "seed": None}, notes)
+    _write(target, asked, frames, {"model": model, "data": None, "seed": None}, notes)
+    return _result(target, up_to_date=False)
 
 
 def _calibration_ids(checkpoint: Checkpoint, corpus: Corpus, options: ProfileOptions) -> Tensor:
@@ -308,18 +371,17 @@ def _write(
     frames: Mapping[str, pl.DataFrame],
     facts: Mapping[str, Any],
     notes: Sequence[str],
-) -> ProfileResult:
+) -> None:
     """Write the tables and the manifest together, and drop what an earlier profile left."""
     target.commit(STAGE, asked, frames, **facts, notes=list(notes))
     for table in (SENSITIVITY, OUTLIERS):
         if table.file not in frames:
             (target.path / table.file).unlink(missing_ok=True)
-    return _result(target, up_to_date=False)
 
 
 def _result(target: RunDir, *, up_to_date: bool) -> ProfileResult:
     entry = target.manifest["stages"][STAGE]
-    tables = {name: target.read_table(name) for name in entry["files"]}
+    tables = _tables(target)
     return ProfileResult(
         run=target.path,
         up_to_date=up_to_date,

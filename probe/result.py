@@ -42,7 +42,7 @@ class ProfileResult:
         errors = self.errors.filter(first).select("site", "relative_error")
         joined = self.profile.join(errors, on="site", how="left")
         if self.sensitivity is not None:
-            changes = self.sensitivity.filter(first).select("site", "delta_loss")
+            changes = self._changes().select("site", "delta_loss")
             joined = joined.join(changes, on="site", how="left")
         else:
             joined = joined.with_columns(delta_loss=pl.lit(None, pl.Float64))
@@ -58,6 +58,13 @@ class ProfileResult:
         return found.sort(
             pl.col("role").cast(pl.Enum(ROLES)), pl.col("operand").cast(pl.Enum(OPERANDS))
         )
+
+    def _changes(self) -> pl.DataFrame:
+        """Return a row per site in the first format, measured where it is and else estimated."""
+        assert self.sensitivity is not None
+        rows = self.sensitivity.filter(format=self.formats[0]).drop_nulls("delta_loss")
+        best = rows.sort("method", descending=True, maintain_order=True)  # intervention, gradient
+        return best.unique("site", keep="first", maintain_order=True)
 
     def as_json(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
@@ -109,7 +116,10 @@ class ProfileResult:
     def _legend(self) -> Iterator[str]:
         yield f"error: median over sites of squared {self.formats[0]} error over squared norm"
         if self.sensitivity is not None:
-            yield "delta loss: nats per token, estimated from one backward pass, summed over sites"
+            yield "delta loss: nats per token, estimated by backward passes, summed over sites"
+            changes = self._changes()
+            if measured := len(changes.filter(method="intervention")):
+                yield f"of {len(changes)} sites, {measured} were measured by intervention instead"
 
     def _massive(self) -> pl.DataFrame:
         return massive_channels(self.outliers if self.outliers is not None else OUTLIERS.frame([]))

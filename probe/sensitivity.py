@@ -1,14 +1,17 @@
-"""Sensitivity: what quantizing one site does to the loss, from one backward pass.
+"""Sensitivity: what quantizing one site does to the loss, from backward passes alone.
 
-Let L be the summed next-token cross-entropy, g_t = dL/dx_t the gradient at a tensor's row t, and
-e_t = Q(x_t) - x_t its quantization error under a format. The estimate, in nats per predicted token,
+Let L be the summed next-token cross-entropy, g_t = dL/dx_t the gradient at a tensor's row t, h_t
+the same for labels drawn from the model's own predictions, and e_t = Q(x_t) - x_t the quantization
+error under a format. The estimate, in nats per predicted token,
 
-    delta_loss = sum_t [ g_t.e_t + (g_t.e_t)^2 / 2 ] / tokens
-    kl         = sum_t [ (g_t.e_t)^2 / 2 ] / tokens
+    delta_loss = sum_t [ g_t.e_t + (h_t.e_t)^2 / 2 ] / tokens
+    kl         = sum_t [ (h_t.e_t)^2 / 2 ] / tokens
 
-is a Taylor step whose second-order term stands on the empirical Fisher: with true labels, squared
-directional derivatives of the loss have the curvature of the KL divergence as their mean. Errors of
-different rows are taken as independent, so their cross terms are left out. One backward pass serves
+is a Taylor step whose second-order term stands on the Fisher information: with drawn labels, the
+squared directional derivatives of the loss have the curvature of the KL divergence as their mean.
+(True labels make them about 1.4 times too large: benchmarks/LOG.md.) Of few sequences labels are
+drawn several times over, since a draw says little of the few rows that all others attend to. Errors
+of different rows are taken as independent, so their cross terms are left out. The passes serve
 every site and format.
 
 An input is what a group of linears is handed (q/k/v; gate and up): g is the gradient through these
@@ -35,6 +38,7 @@ from bitplan.quantize import quantize_dequantize
 from bitplan.sites import PLANNED_ROLES, Site
 
 ROLES = (*PLANNED_ROLES, "lm_head")
+_DRAWS = 16  # labels are drawn for at least this many sequences, so often over
 _BLOCK = {"cpu": 1 << 18}  # elements quantized at a time; the temporaries stay in a core's cache
 _GPU_BLOCK = 1 << 26
 
@@ -46,6 +50,28 @@ def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """
     predicted = logits[:, :-1].flatten(0, 1)
     return F.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum")
+
+
+def drawn_labels(logits: Tensor, first: int, draw: int) -> Tensor:
+    """Return labels [sequences, tokens] drawn from a model's predictions, in the place of its ids.
+
+    logits: [sequences, tokens, vocabulary]. The number of a sequence, from `first` on, and that of
+    the draw are the seed, so that how sequences are batched changes nothing.
+    """
+    labels = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    generator = torch.Generator(logits.device)
+    for index, sequence in enumerate(logits.detach()):
+        generator.manual_seed(_DRAWS * (first + index) + draw)  # the CPU takes 32 bits of it
+        shares = sequence[:-1].softmax(-1)
+        labels[index, 1:] = torch.multinomial(shares, 1, generator=generator)[:, 0]
+    return labels
+
+
+def mean_and_stderr(by_sequence: Tensor) -> tuple[float, float | None]:
+    """Return the mean over sequences [sequences] and its standard error, None of a single one."""
+    count = len(by_sequence)
+    stderr = by_sequence.std().item() / math.sqrt(count) if count > 1 else None
+    return by_sequence.mean().item(), stderr
 
 
 def input_terms(x: Tensor, gradient: Tensor, fmt: Format) -> Tensor:
@@ -77,25 +103,27 @@ def _on_gradient(x: Tensor, hook: Callable[[Tensor], None]) -> None:
 
 
 class _Terms:
-    """A tensor's g.e and its square for each format, summed by sequence."""
+    """A tensor's g.e and the square of its h.e for each format, summed by sequence."""
 
     def __init__(self, formats: Sequence[Format], sequences: int, device: torch.device) -> None:
         self.formats = tuple(formats)
         shape = (2, len(self.formats), sequences)
         self.first, self.square = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def add(self, index: int, terms: Tensor, sequences: Tensor) -> None:
+    def add(self, index: int, terms: Tensor, sequences: Tensor, *, squared: bool) -> None:
         """Add the terms of rows [rows], which belong to these sequences [rows]."""
         exact = terms.double()
-        self.first[index].index_add_(0, sequences, exact)
-        self.square[index].index_add_(0, sequences, exact.square())
+        if squared:
+            self.square[index].index_add_(0, sequences, exact.square())
+        else:
+            self.first[index].index_add_(0, sequences, exact)
 
 
 class GradientSensitivity:
     """Gathers the estimate while batches run forward and backward.
 
-    Call `input` and `output` on each linear as it runs, then the backward pass of `summed_loss`:
-    hooks on the tensors do the rest. What no token reached has no rows.
+    Call `input` and `output` on each linear as it runs, then `backward`: hooks on the tensors do
+    the rest. What no token reached has no rows.
     """
 
     def __init__(
@@ -107,6 +135,23 @@ class GradientSensitivity:
         self._device = device
         self._terms: dict[tuple[str, Operand], _Terms] = {}
         self._leaders: dict[str, str] = {}
+        self._squared = False
+        self.draws = max(1, -(-_DRAWS // sequences))
+
+    def backward(self, logits: Tensor, ids: Tensor, first: int) -> Tensor:
+        """Run a batch backward, from its true labels and from drawn ones; return its summed loss.
+
+        logits: [sequences, tokens, vocabulary]; ids: [sequences, tokens], the first number `first`.
+        """
+        loss = summed_loss(logits, ids)
+        # Not Tensor.backward, which nnsight replaces.
+        self._squared = False
+        torch.autograd.backward(loss, retain_graph=True)
+        self._squared = True
+        for draw in range(self.draws):
+            drawn = summed_loss(logits, drawn_labels(logits, first, draw))
+            torch.autograd.backward(drawn, retain_graph=draw < self.draws - 1)
+        return loss.detach()
 
     def input(self, name: str, x: Tensor, sequences: Tensor) -> Tensor:
         """Watch the tensor [..., in_features] that a linear is handed; return what it must read.
@@ -154,12 +199,10 @@ class GradientSensitivity:
 
     def _estimate(self, first: Tensor, square: Tensor, share: int) -> dict[str, float | None]:
         """Return one reader's share of a tensor's estimate, in nats per predicted token."""
-        kl = square / 2 / (self._predicted * share)
+        kl = square / 2 / (self.draws * self._predicted * share)
         change = first / (self._predicted * share) + kl
-        stderr = None
-        if self._sequences > 1:
-            stderr = change.std().item() / math.sqrt(self._sequences)
-        return {"delta_loss": change.mean().item(), "stderr": stderr, "kl": kl.mean().item()}
+        names = ("delta_loss", "stderr", "kl", "kl_stderr")
+        return dict(zip(names, (*mean_and_stderr(change), *mean_and_stderr(kl)), strict=True))
 
     def _of(self, name: str, operand: Operand) -> _Terms:
         if (name, operand) not in self._terms:
@@ -172,7 +215,7 @@ class GradientSensitivity:
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         for index, fmt in enumerate(terms.formats):
             if fmt.is_quantized:
-                terms.add(index, input_terms(x, gradient, fmt), sequences)
+                terms.add(index, input_terms(x, gradient, fmt), sequences, squared=self._squared)
 
     @torch.no_grad()
     def _on_output(
@@ -183,4 +226,5 @@ class GradientSensitivity:
         for index, fmt in enumerate(terms.formats):
             if fmt.is_quantized:
                 error = quantize_dequantize(weight, fmt).sub_(weight)
-                terms.add(index, weight_terms(x, gradient, error), sequences)
+                change = weight_terms(x, gradient, error)
+                terms.add(index, change, sequences, squared=self._squared)

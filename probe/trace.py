@@ -3,6 +3,11 @@
 The one module that imports nnsight. A `Tracer` wraps a model for a `with` block and leaves it as it
 was: nnsight's controllers come off again, so that the model can be exported and pickled. Reads in a
 trace must follow the order of execution, which one pass with plain hooks finds out.
+
+`run` shows tensors to a watcher in this process. `edit` is written so that nnsight could run its
+block elsewhere: it uses envoys and values, what it makes is created and saved inside it, and only
+a summary comes back. Tested: the block ships and runs under `remote="local"`, nnsight's dry run.
+Not tested: a server.
 """
 
 import contextlib
@@ -26,6 +31,20 @@ class Watcher(Protocol):
         """See a module's output."""
 
 
+class Edit(Protocol):
+    """What a trace puts in place of a linear's input and output. Holds no state, no module."""
+
+    def on_input(self, parent: nn.Module, x: Tensor) -> Tensor:
+        """Return what the linear, a child of `parent`, must read in place of `x`."""
+
+    def on_output(self, module: nn.Module, parent: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return what must follow in place of `y`, which the linear `module` computed from `x`."""
+
+
+# From the head's input and its logits to what is kept of a pass.
+Summary = Callable[[Tensor, Tensor], Tensor]
+
+
 class Tracer:
     """Runs a model while a watcher sees the inputs and outputs of its named modules.
 
@@ -47,9 +66,7 @@ class Tracer:
         """Run token ids [sequences, tokens] through the model and return its output."""
         from nnsight import save
 
-        if self._order is None or self._every_pass:
-            self._order, self.repeated = execution_order(self._wrapped._module, self._names, ids)
-        envoys = [(name, self._envoys[name]) for name in self._order]
+        envoys = [(name, self._envoys[name]) for name in self.order(ids)]
         with self._wrapped.trace(input_ids=ids, **_no_cache(self._wrapped._module)):
             for name, envoy in envoys:
                 replacement = watcher.on_input(name, envoy.input)
@@ -58,6 +75,34 @@ class Tracer:
                 watcher.on_output(name, envoy.output)
             output = save(self._wrapped.output)
         return output
+
+    def edit(self, ids: Tensor, edits: Mapping[str, Edit], summarize: Summary) -> Tensor:
+        """Run token ids [sequences, tokens] with linears edited; return the pass's summary.
+
+        The last linear to run must be the head: `summarize` sees its input as the model makes it.
+        """
+        from nnsight import save
+
+        wrapped, options = self._wrapped, _no_cache(self._wrapped._module)
+        steps = [
+            (self._envoys[name], self._envoys.get(name.rpartition(".")[0], wrapped), edits[name])
+            for name in self.order(ids)
+            if name in edits
+        ]
+        with wrapped.trace(input_ids=ids, **options):
+            for envoy, parent, edit in steps:
+                hidden = envoy.input
+                x = edit.on_input(parent._module, hidden)
+                envoy.input = x
+                envoy.output = edit.on_output(envoy._module, parent._module, x, envoy.output)
+            summary: Tensor = save(summarize(hidden, wrapped.output.logits))
+        return summary
+
+    def order(self, ids: Tensor) -> list[str]:
+        """Return the named modules that run on these ids, in the order of execution."""
+        if self._order is None or self._every_pass:
+            self._order, self.repeated = execution_order(self._wrapped._module, self._names, ids)
+        return self._order
 
 
 def _no_cache(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ COMMANDS = ("profile", "plan", "verify", "report", "demo", "law predict", "law c
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
     "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only "
-    "--no-sensitivity --device --seed --trust-remote-code --json",
+    "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "

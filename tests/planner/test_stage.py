@@ -48,6 +48,27 @@ def test_without_options_it_spends_what_fc2_spends(run: Path) -> None:
     assert fc2.plan.optimality_gap is None
 
 
+def test_the_plan_uses_what_was_measured_and_says_so(run: Path) -> None:
+    site, path = "model.layers.0.mlp.down_proj:input", run / "sensitivity.parquet"
+    estimates = pl.read_parquet(path)
+    row = estimates.filter(site=site, format="int4-g128").with_columns(
+        method=pl.lit("intervention"), delta_loss=pl.lit(0.5), stderr=pl.lit(0.01)
+    )
+    options = PlanOptions(pins=(f"{site}=int4-g128",))
+    before = make_plan(run, options).plan
+    pl.concat([estimates, row]).write_parquet(path)
+    made = make_plan(run, options)
+    assert not made.up_to_date
+    assert "1 sites by intervention" in " ".join(made.plan.notes)
+    (choice,) = [c for c in made.plan.sites if str(c.site) == site]
+    assert choice.method == "intervention"
+    assert choice.delta_loss == 0.5
+    assert "(intervention +0.5 +- 0.01)" in choice.reason
+    assert before.predicted.delta_loss is not None
+    assert made.plan.predicted.delta_loss is not None
+    assert made.plan.predicted.delta_loss > before.predicted.delta_loss
+
+
 def test_predictions_are_the_sums_of_the_sites(run: Path) -> None:
     plan = make_plan(run, PlanOptions(input_bits=5.0, weight_bits=4.8)).plan
     sums = {

@@ -3,6 +3,7 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -10,8 +11,9 @@ from scipy.stats import spearmanr
 from bitplan.formats import parse_format
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.inputs import measure_inputs
+from bitplan.probe.interventions import Intervention, measure_interventions
 from bitplan.probe.modules import find_linears
-from bitplan.probe.sensitivity import summed_loss
+from bitplan.probe.sensitivity import GradientSensitivity, drawn_labels, summed_loss
 from bitplan.probe.text import load_text, tokenize
 from bitplan.quantize import quantize_dequantize
 
@@ -26,9 +28,16 @@ def estimates(model, ids, formats=(INT4, INT8)):
     return {(row["site"], row["format"]): row for row in found.sensitivity}
 
 
-def loss_of(model, ids):
+def loss_of(model, ids, labels=None):
     with torch.no_grad():
-        return float(summed_loss(model(input_ids=ids).logits.double(), ids))
+        logits = model(input_ids=ids).logits.double()
+        return float(summed_loss(logits, ids if labels is None else labels))
+
+
+def labels_drawn(model, ids):
+    """Return the draws that three sequences get: as many as make sixteen sequences."""
+    with torch.no_grad():
+        return [drawn_labels(model(input_ids=ids).logits, 0, draw) for draw in range(6)]
 
 
 @contextlib.contextmanager
@@ -60,7 +69,7 @@ def moved_output(item, fmt, amount):
     handle.remove()
 
 
-def row_slopes(model, ids, moved, step=1e-4):
+def row_slopes(model, ids, labels, moved, step=1e-4):
     """Return d loss / d amount of every row by central differences, [sequences, tokens]."""
     slopes = []
     for row in range(ids.numel()):
@@ -69,19 +78,23 @@ def row_slopes(model, ids, moved, step=1e-4):
         for sign in (1, -1):
             amount[row] = sign * step
             with moved(amount):
-                losses.append(loss_of(model, ids))
+                losses.append(loss_of(model, ids, labels))
         slopes.append((losses[0] - losses[1]) / (2 * step))
     return torch.tensor(slopes, dtype=torch.float64).view(ids.shape)
 
 
-def expected(slopes):
+def expected(model, ids, moved):
+    """Return the estimate from finite differences: true labels, and the ones that are drawn."""
+    slopes = row_slopes(model, ids, ids, moved)
+    draws = [row_slopes(model, ids, labels, moved) for labels in labels_drawn(model, ids)]
     predicted = TOKENS - 1
-    kl = slopes.square().sum(1) / 2 / predicted
+    kl = torch.stack(draws).square().mean(0).sum(1) / 2 / predicted
     change = slopes.sum(1) / predicted + kl
     return {
         "delta_loss": change.mean().item(),
         "stderr": change.std().item() / math.sqrt(SEQUENCES),
         "kl": kl.mean().item(),
+        "kl_stderr": kl.std().item() / math.sqrt(SEQUENCES),
     }
 
 
@@ -98,8 +111,7 @@ def opt(build):
 def test_inputs_agree_with_finite_differences(opt, role, fmt):
     model, ids, found = opt
     items = [item for item in find_linears(model) if item.linear.role == role]
-    slopes = row_slopes(model, ids, lambda amount: moved_input(items, fmt, amount))
-    whole = expected(slopes)
+    whole = expected(model, ids, lambda amount: moved_input(items, fmt, amount))
     for item in items:
         row = found[str(item.linear.site("input")), fmt.name]
         for name, value in whole.items():
@@ -111,9 +123,9 @@ def test_inputs_agree_with_finite_differences(opt, role, fmt):
 def test_weights_agree_with_finite_differences(opt, module, fmt):
     model, ids, found = opt
     (item,) = [item for item in find_linears(model) if item.linear.module.endswith(module)]
-    slopes = row_slopes(model, ids, lambda amount: moved_output(item, fmt, amount))
+    whole = expected(model, ids, lambda amount: moved_output(item, fmt, amount))
     row = found[str(item.linear.site("weight")), fmt.name]
-    for name, value in expected(slopes).items():
+    for name, value in whole.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-11)
 
 
@@ -121,7 +133,7 @@ def test_the_batch_split_changes_nothing(opt, monkeypatch):
     model, ids, found = opt
     monkeypatch.setattr("bitplan.probe.inputs._batch_size", lambda *_: 1)
     for key, row in estimates(model, ids).items():
-        for name in ("delta_loss", "stderr", "kl"):
+        for name in ("delta_loss", "stderr", "kl", "kl_stderr"):
             assert row[name] == pytest.approx(found[key][name], rel=1e-9, abs=1e-15)
 
 
@@ -219,3 +231,38 @@ def test_the_order_of_sites_is_that_of_exhaustive_measurement(trained):
     assert len(measured) == 12
     assert spearmanr(estimated, measured).statistic > 0.8
     assert sum(estimated) == pytest.approx(sum(measured), rel=0.5)
+
+
+def test_labels_are_drawn_from_the_predictions():
+    shares = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    logits = shares.log().expand(4, 20_001, 4)
+    labels = drawn_labels(logits, 7, 2)
+    for sequence in labels[:, 1:]:
+        assert (sequence.bincount(minlength=4) / 20_000).tolist() == pytest.approx(
+            shares.tolist(), abs=0.015
+        )
+    assert len({tuple(sequence.tolist()) for sequence in labels}) == 4
+    assert torch.equal(drawn_labels(logits[1:3], 8, 2), labels[1:3])
+    assert not torch.equal(drawn_labels(logits[1:3], 8, 1), labels[1:3])
+
+
+@pytest.mark.parametrize(("sequences", "draws"), [(1, 16), (2, 8), (5, 4), (16, 1), (1000, 1)])
+def test_few_sequences_are_drawn_more_often(sequences, draws):
+    device = torch.device("cpu")
+    estimate = GradientSensitivity((INT4,), sequences=sequences, seq_len=8, device=device)
+    assert estimate.draws == draws
+
+
+@pytest.mark.slow
+def test_the_divergence_is_that_of_exhaustive_measurement(trained):
+    """In nats, without a factor: the median over inputs and weights is right within 20 %."""
+    model, ids = trained
+    items = [i for i in find_linears(model) if i.linear.role in ("o", "fc2")]
+    found = estimates(model, ids, (COARSE,))
+    sites = [item.linear.site(operand) for item in items for operand in ("input", "weight")]
+    asked = [Intervention(str(site), {site: COARSE}) for site in sites]
+    waves = measure_interventions(model, find_linears(model), ids, asked)
+    measured = {effect.intervention.name: effect.kl for wave in waves for effect in wave}
+    ratios = [found[str(site), COARSE.name]["kl"] / measured[str(site)] for site in sites]
+    assert len(ratios) == 12
+    assert np.median(ratios) == pytest.approx(1, abs=0.2)

@@ -44,6 +44,7 @@ def test_every_spelled_option_is_one_the_command_line_has() -> None:
             formats=("nvfp4",),
             weights_only=True,
             sensitivity=False,
+            interventions="all",
             device="cpu",
             seed=3,
             trust_remote_code=True,
