@@ -11,9 +11,10 @@ Experts that transformers keeps as one 3-D parameter come out as one linear each
 
 import hashlib
 import json
+import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from bitplan.errors import BitplanError, CheckpointError
+from bitplan.probe.blocks import PartedModel
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.loading import (
     gguf_note,
@@ -127,6 +129,51 @@ def load_checkpoint(
         family=str(config.get_text_config().model_type),
         weights_note=weights_note,
     )
+
+
+def open_in_parts(
+    source: str, *, device: str = "auto", trust_remote_code: bool = False
+) -> tuple[Checkpoint, PartedModel]:
+    """Open a Hugging Face directory or hub name without its weights, to be read part by part.
+
+    The checkpoint's model is that of the parts: it has values only where a part is mounted. Raises
+    CheckpointError as `load_checkpoint` does, for GGUF, and for what does not run block by block.
+    """
+    target = resolve_device(device)
+    directory, gguf, files = _find(source, trust_remote_code)
+    if gguf:
+        raise CheckpointError(
+            f"{source} is GGUF, which is read whole: profile it without --stream, or give the "
+            "safetensors that it was made from"
+        )
+    options = {"trust_remote_code": trust_remote_code}
+    with quiet():
+        config = read_config(directory, source, options)
+        tokenizer = read_tokenizer(directory, source, options)
+
+    def read(devices: Mapping[str, str]) -> Any:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            return read_model(directory, source, config, options, devices)
+
+    parted = PartedModel(read, source, target)
+    checkpoint = Checkpoint(
+        model=parted.model,
+        tokenizer=tokenizer,
+        source=source,
+        content_hash=hash_files(files),
+        family=str(config.get_text_config().model_type),
+        weights_note=None,
+    )
+    return checkpoint, parted
+
+
+def float32_bytes(source: str, *, trust_remote_code: bool = False) -> int | None:
+    """Return the size of a checkpoint's weights in float32, None for GGUF, which is read whole."""
+    _, gguf, files = _find(source, trust_remote_code)
+    if gguf:
+        return None
+    headers = [read_header(path) for path in files if path.suffix == ".safetensors"]
+    return 4 * sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 # --- finding and checking the files ------------------------------------------------------------

@@ -63,10 +63,10 @@ def measure_inputs(
         if sensitivity and has_loss
         else None
     )
-    watcher = _Watcher(model, items, formats, estimate)
+    watcher = InputWatcher(model, items, formats, estimate)
     names = [item.linear.module for item in items]
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    starts = range(0, len(ids), size := _batch_size(items, ids.shape[1], device))
+    starts = range(0, len(ids), size := batch_size(items, ids.shape[1], device))
     with traced(model, names, every_pass=watcher.order_varies) as tracer, _frozen(model):
         for start in track(starts, "profiling inputs"):
             batch = ids[start : start + size].to(device)
@@ -84,21 +84,24 @@ def measure_inputs(
     return Inputs(
         stats={name: stats for name, stats in watcher.stats.items() if stats.rows},
         sensitivity=list(estimate.rows(items)) if estimate is not None else None,
-        loss=_finite(loss.item() / predicted) if has_loss else None,
-        notes=tuple(
-            f"{name} runs more than once in a pass: its statistics are those of the first run"
-            for name in tracer.repeated
-        ),
+        loss=finite_loss(loss.item() / predicted) if has_loss else None,
+        notes=tuple(map(repeated_note, tracer.repeated)),
     )
 
 
-def _finite(loss: float) -> float:
+def repeated_note(name: str) -> str:
+    """Say of a linear that is called again in a pass what its statistics are."""
+    return f"{name} runs more than once in a pass: its statistics are those of the first run"
+
+
+def finite_loss(loss: float) -> float:
+    """Return the loss; raise CheckpointError where it is NaN or infinite."""
     if not math.isfinite(loss):
         raise CheckpointError(f"the loss on the calibration text is {loss}: the model is damaged")
     return loss
 
 
-def _batch_size(items: Sequence[LinearModule], seq_len: int, device: torch.device) -> int:
+def batch_size(items: Sequence[LinearModule], seq_len: int, device: torch.device) -> int:
     """Return how many sequences keep the activations of a batch within the bound, at least 1."""
     # A linear's input and output, and what lies between it and the next, as often again.
     floats = sum(2 * (i.linear.in_features + i.linear.out_features) for i in items if i.has_input)
@@ -130,8 +133,11 @@ class _Seen:
     views: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
-class _Watcher:
-    """Updates statistics and sensitivity with every tensor a trace shows."""
+class InputWatcher:
+    """Updates statistics and sensitivity with every tensor a trace shows.
+
+    Without `measures` it is the sensitivity alone, of a pass whose statistics are known.
+    """
 
     def __init__(
         self,
@@ -139,11 +145,14 @@ class _Watcher:
         items: Sequence[LinearModule],
         formats: Sequence[Format],
         estimate: GradientSensitivity | None,
+        *,
+        measures: bool = True,
     ) -> None:
         self.stats: dict[str, TensorStats] = {}
         self._items = {item.linear.module: item for item in items}
         self._formats = tuple(formats)
         self._estimate = estimate
+        self._measures = measures
         self._experts = {
             f"{name}.{child}": module
             for name, module in model.named_modules()
@@ -179,7 +188,8 @@ class _Watcher:
         if not item.has_input:
             return None
         seen = self._reading = self._find(x) or self._first(name, x)
-        self.stats[name] = self.stats[seen.leader]
+        if self._measures:
+            self.stats[name] = self.stats[seen.leader]
         if self._estimate is None or item.linear.role not in ROLES or not x.requires_grad:
             return None
         group = item.linear.fused or name
@@ -206,13 +216,14 @@ class _Watcher:
     def _first(self, name: str, x: Tensor) -> _Seen:
         """Update the statistics with a tensor that was not seen before in this batch."""
         positions, sequences = self._places(name, x)
-        if name not in self.stats:
-            self.stats[name] = TensorStats(
-                x.shape[-1], operand="input", formats=self._formats, device=x.device
+        if self._measures:
+            if name not in self.stats:
+                self.stats[name] = TensorStats(
+                    x.shape[-1], operand="input", formats=self._formats, device=x.device
+                )
+            self.stats[name].update(
+                x, positions=positions, sequences=sequences if positions is not None else None
             )
-        self.stats[name].update(
-            x, positions=positions, sequences=sequences if positions is not None else None
-        )
         seen = _Seen(x, name, positions, sequences)
         self._recent.append(seen)
         return seen

@@ -3,6 +3,9 @@
 The stage loads a checkpoint, reads calibration text, measures every weight and every input, and
 writes the tables together at its end: what fails leaves the run directory as it was. Asked again
 with the same options, checkpoint and text, it returns what is there.
+
+A model whose weights in float32 do not fit in memory is run block by block (streamed.py): the same
+tables, and where that is interrupted, the parts that were finished wait in the run directory.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,16 +22,21 @@ from bitplan.formats import Format, parse_formats
 from bitplan.options import ProfileOptions
 from bitplan.probe.checkpoint import (
     Checkpoint,
+    float32_bytes,
     hash_files,
     identify,
     load_checkpoint,
+    open_in_parts,
     resolve_device,
     some,
 )
 from bitplan.probe.inputs import Inputs, measure_inputs
+from bitplan.probe.memory import available_bytes
 from bitplan.probe.modules import LinearModule, find_linears
+from bitplan.probe.partial import opened_partial, remove_partial
 from bitplan.probe.result import ProfileResult
 from bitplan.probe.stats import Summary, TensorStats, to_host
+from bitplan.probe.streamed import profile_blocks
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.probe.weights import (
     gate_up_correlation,
@@ -37,7 +45,7 @@ from bitplan.probe.weights import (
     profile_weights,
 )
 from bitplan.progress import track
-from bitplan.rundir import RunDir
+from bitplan.rundir import RunDir, content_hash, versions
 from bitplan.sites import site_columns
 from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
 
@@ -57,13 +65,21 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
         if options.weights_only:
             return _weights_only(target, options, formats)
         corpus = load_text(options.data)
-        asked = asdict(options) | {
+        asked = _asked(options) | {
             "model_hash": identify(options.model, trust_remote_code=options.trust_remote_code),
             "data_hash": corpus.content_hash,
         }
         if target.is_done(STAGE, asked):
+            remove_partial(run)
             return _result(target, up_to_date=True)
         return _measure(target, options, asked, formats, corpus)
+
+
+def _asked(options: ProfileOptions) -> dict[str, Any]:
+    """Return the options that the tables depend on."""
+    asked = asdict(options)
+    del asked["stream"]
+    return asked
 
 
 def _measure(
@@ -73,27 +89,36 @@ def _measure(
     formats: Sequence[Format],
     corpus: Corpus,
 ) -> ProfileResult:
-    checkpoint = load_checkpoint(
-        options.model, device=options.device, trust_remote_code=options.trust_remote_code
-    )
+    reason = _why_stream(options)
+    where = {"device": options.device, "trust_remote_code": options.trust_remote_code}
+    if reason is None:
+        checkpoint, parted = load_checkpoint(options.model, **where), None
+    else:
+        checkpoint, parted = open_in_parts(options.model, **where)
     ids = _calibration_ids(checkpoint, corpus, options)
     items = find_linears(checkpoint.model)
-    inputs = measure_inputs(
-        checkpoint.model,
-        items,
-        ids,
-        formats,
-        has_loss=checkpoint.has_loss,
-        sensitivity=options.sensitivity,
-    )
-    summaries = _summaries(items, inputs, formats)
-    rows = [_with_texts(row, ids, checkpoint.tokenizer) for row in _rows(items, summaries)]
-    frames = {
-        PROFILE.file: PROFILE.frame(rows),
-        ERRORS.file: ERRORS.frame(_error_rows(items, summaries)),
-    }
-    if inputs.sensitivity is not None:
-        frames[SENSITIVITY.file] = SENSITIVITY.frame(inputs.sensitivity)
+    wanted = {"has_loss": checkpoint.has_loss, "sensitivity": options.sensitivity}
+
+    def tabulate(
+        items: Sequence[LinearModule], inputs: Inputs
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        summaries = _summaries(items, inputs, formats)
+        return list(_rows(items, summaries)), list(_error_rows(items, summaries))
+
+    if parted is None:
+        inputs = measure_inputs(checkpoint.model, items, ids, formats, **wanted)
+        rows, errors = tabulate(items, inputs)
+        sensitivity, notes = inputs.sensitivity, inputs.notes
+    else:
+        question = dict(asked) | {"versions": versions(), "device": str(parted.device)}
+        with opened_partial(target.path, content_hash(question)) as partial:
+            found = profile_blocks(parted, items, ids, formats, tabulate, partial, **wanted)
+        rows, errors = found.rows, found.errors
+        sensitivity, notes = found.sensitivity, (reason, *found.notes)
+    rows = [_with_texts(row, ids, checkpoint.tokenizer) for row in rows]
+    frames = {PROFILE.file: PROFILE.frame(rows), ERRORS.file: ERRORS.frame(errors)}
+    if sensitivity is not None:
+        frames[SENSITIVITY.file] = SENSITIVITY.frame(sensitivity)
     data = {
         "source": corpus.source,
         "content_hash": corpus.content_hash,
@@ -102,8 +127,22 @@ def _measure(
         "seq_len": ids.shape[1],
     }
     facts = {"model": checkpoint.facts(), "data": data, "seed": options.seed}
-    notes = [*_notes(checkpoint, rows, options), *corpus.notes, *inputs.notes]
-    return _write(target, asked, frames, facts, notes)
+    all_notes = [*_notes(checkpoint, rows, options), *corpus.notes, *notes]
+    return _write(target, asked, frames, facts, all_notes)
+
+
+def _why_stream(options: ProfileOptions) -> str | None:
+    """Return why the model is run block by block, as a note, or None where it is loaded whole."""
+    if options.stream:
+        return "the model was run block by block, as was asked"
+    needed = float32_bytes(options.model, trust_remote_code=options.trust_remote_code)
+    free = available_bytes(resolve_device(options.device))
+    if options.stream is False or needed is None or free is None or needed <= free:
+        return None
+    return (
+        f"the model was run block by block: its weights take {needed / 1e9:.1f} GB in float32, "
+        f"{free / 1e9:.1f} GB of memory were free"
+    )
 
 
 def _weights_only(
@@ -111,7 +150,7 @@ def _weights_only(
 ) -> ProfileResult:
     """Profile the weights of safetensors files alone, which need not fit in memory."""
     files = open_weights(options.model)
-    asked = asdict(options) | {"model_hash": hash_files(files.files)}
+    asked = _asked(options) | {"model_hash": hash_files(files.files)}
     if target.is_done(STAGE, asked):
         return _result(target, up_to_date=True)
     records = list(
@@ -282,6 +321,7 @@ def _write(
 ) -> ProfileResult:
     """Write the tables and the manifest together, and drop what an earlier profile left."""
     target.commit(STAGE, asked, frames, **facts, notes=list(notes))
+    remove_partial(target.path)
     if SENSITIVITY.file not in frames:
         (target.path / SENSITIVITY.file).unlink(missing_ok=True)
     return _result(target, up_to_date=False)
