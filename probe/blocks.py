@@ -354,7 +354,10 @@ def _hollow(model: nn.Module, device: torch.device) -> None:
 
 def _check_finite(part: nn.Module, name: str, source: str, *, deep: bool) -> None:
     for path, parameter in part.named_parameters(recurse=deep):
-        if bad := int((~torch.isfinite(parameter)).sum()):
+        # Without a mask of the tensor's size: both are NaN where any element is.
+        low, high = parameter.detach().flatten().aminmax()
+        if not torch.isfinite(high - low):
+            bad = int((~torch.isfinite(parameter)).sum())
             raise CheckpointError(
                 f"{source}: {name}.{path} has {bad} of {parameter.numel()} weights NaN or "
                 "infinite: the checkpoint is damaged or its training diverged"

@@ -173,7 +173,8 @@ def float32_bytes(source: str, *, trust_remote_code: bool = False) -> int | None
     if gguf:
         return None
     headers = [read_header(path) for path in files if path.suffix == ".safetensors"]
-    return 4 * sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    elements = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    return 4 * int(elements)
 
 
 # --- finding and checking the files ------------------------------------------------------------

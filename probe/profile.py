@@ -90,11 +90,12 @@ def _measure(
     corpus: Corpus,
 ) -> ProfileResult:
     reason = _why_stream(options)
-    where = {"device": options.device, "trust_remote_code": options.trust_remote_code}
+    device, trusted = options.device, options.trust_remote_code
+    parted = None
     if reason is None:
-        checkpoint, parted = load_checkpoint(options.model, **where), None
+        checkpoint = load_checkpoint(options.model, device=device, trust_remote_code=trusted)
     else:
-        checkpoint, parted = open_in_parts(options.model, **where)
+        checkpoint, parted = open_in_parts(options.model, device=device, trust_remote_code=trusted)
     ids = _calibration_ids(checkpoint, corpus, options)
     items = find_linears(checkpoint.model)
     wanted = {"has_loss": checkpoint.has_loss, "sensitivity": options.sensitivity}
@@ -114,7 +115,7 @@ def _measure(
         with opened_partial(target.path, content_hash(question)) as partial:
             found = profile_blocks(parted, items, ids, formats, tabulate, partial, **wanted)
         rows, errors = found.rows, found.errors
-        sensitivity, notes = found.sensitivity, (reason, *found.notes)
+        sensitivity, notes = found.sensitivity, (str(reason), *found.notes)
     rows = [_with_texts(row, ids, checkpoint.tokenizer) for row in rows]
     frames = {PROFILE.file: PROFILE.frame(rows), ERRORS.file: ERRORS.frame(errors)}
     if sensitivity is not None:

@@ -176,10 +176,13 @@ class _Run:
         watcher = self._watcher(items)
 
         def states() -> Iterator[Tensor]:
-            with torch.no_grad():
-                for number, (batch, first) in enumerate(self._batches(watcher, hooks)):
-                    hidden = self._states(_hidden(index), first, batch)
-                    yield self._parted.run_block(index, hidden, calls[number][index])
+            for number, (batch, first) in enumerate(self._batches(watcher, hooks)):
+                hidden = self._states(_hidden(index), first, batch)
+                # As in the whole model: torch has other kernels where no gradient is wanted.
+                with torch.set_grad_enabled(self.has_gradient):
+                    hidden.requires_grad_(self.has_gradient)
+                    output = self._parted.run_block(index, hidden, calls[number][index])
+                yield output.detach()
 
         with self._parted.mounted([part]), _hooked(items, watcher) as hooks:
             self._partial.save_states(_hidden(index + 1), states())

@@ -11,8 +11,8 @@ from bitplan.cli import EXIT_BAD_INPUT, main
 COMMANDS = ("profile", "plan", "verify", "report", "demo")
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
-    "profile": "-o --output --data --tokens --seq-len --formats --weights-only --no-sensitivity "
-    "--device --seed --trust-remote-code --json",
+    "profile": "-o --output --data --tokens --seq-len --formats --weights-only --stream "
+    "--no-sensitivity --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
