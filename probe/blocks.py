@@ -115,6 +115,9 @@ class PartedModel:
                     tensors = getattr(place, kind)
                     saved.append((tensors, dict(tensors)))
                     tensors.update(getattr(module, kind))
+        # Modules refer to each other in circles: the rest of this model would stay for a while.
+        for module in real.modules():
+            module._parameters.clear()
         return saved
 
     def _devices(self, names: Iterable[str]) -> dict[str, str]:

@@ -17,10 +17,13 @@ weights are counted in the statistics: a file may be probed because it has them.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -34,6 +37,7 @@ from bitplan.probe.checkpoint import read_header, weight_files
 from bitplan.probe.stats import TensorStats
 from bitplan.sites import Linear, describe, site_columns
 
+T = TypeVar("T")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")
 _SCALE_BLOCK = 128
@@ -88,27 +92,68 @@ def profile_weights(
 ) -> Iterator[WeightRecord]:
     """Yield the statistics of each linear's weight at step 0, in the order of the files.
 
-    Memory is bounded by the largest tensor. Raises CheckpointError as `open_weights` does.
+    On a CPU as many matrices are in work as torch has threads, each by one thread: memory is
+    bounded by the largest tensor times that. Raises CheckpointError as `open_weights` does.
     """
     files = open_weights(source) if isinstance(source, str) else source
+    target = torch.device(device)
     matrices = {matrix.linear.module: matrix for matrix in files.matrices}
     partners = gate_up_partners([matrix.linear for matrix in files.matrices], files.family)
-    read = _Reader().read
-    for name, matrix in matrices.items():
-        weight = read(matrix).to(device)
+    local = threading.local()
+
+    def measure(matrix: Matrix) -> tuple[WeightRecord, Tensor | None]:
+        """Return a matrix's record, and its correlation if it comes first of its pair."""
+        if not hasattr(local, "read"):
+            local.read = _Reader().read
+        name, weight = matrix.linear.module, local.read(matrix).to(target)
         seen = TensorStats(weight.shape[1], operand="weight", formats=formats, device=weight.device)
         seen.update(weight)
         summary = seen.summary()
         row = site_columns(matrix.linear, "weight") | {"step": 0} | summary.row()
-        if (partner := partners.get(name)) is not None:
-            other = None if partner == name else read(matrices[partner]).to(device)
-            row["gate_up_correlation"] = float(gate_up_correlation(weight, other))
         site = {"site": row["site"], "step": 0}
-        yield WeightRecord(
-            linear=matrix.linear,
-            row=row,
-            errors=[site | error for error in summary.error_rows()],
-        )
+        errors = [site | error for error in summary.error_rows()]
+        correlation = None
+        if (partner := partners.get(name)) is not None and order[name] <= order[partner]:
+            other = None if partner == name else local.read(matrices[partner]).to(target)
+            correlation = gate_up_correlation(weight, other)
+        return WeightRecord(linear=matrix.linear, row=row, errors=errors), correlation
+
+    order = {name: index for index, name in enumerate(matrices)}
+    correlations: dict[str, float] = {}
+    workers = torch.get_num_threads() if target.type == "cpu" else 1
+    for record, correlation in _in_order(measure, files.matrices, workers):
+        name = record.linear.module
+        if correlation is not None:
+            correlations[name] = correlations[partners[name]] = float(correlation)
+        if name in correlations:
+            record.row["gate_up_correlation"] = correlations[name]
+        yield record
+
+
+def _in_order(
+    function: Callable[[Matrix], T], matrices: Sequence[Matrix], workers: int
+) -> Iterator[T]:
+    """Yield what the function makes of each matrix, in order, by so many threads.
+
+    Each has one thread of torch: matrices side by side leave cores less idle than one operation
+    after the other, shared out.
+    """
+    if workers < 2:
+        yield from map(function, matrices)
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        started: deque[Future[T]] = deque()
+        try:
+            for matrix in matrices:
+                started.append(pool.submit(function, matrix))
+                if len(started) > 2 * workers:
+                    yield started.popleft().result()
+            while started:
+                yield started.popleft().result()
+        finally:
+            for future in started:
+                future.cancel()
+            torch.set_num_threads(workers)
 
 
 def open_weights(source: str) -> WeightFiles:

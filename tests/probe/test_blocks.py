@@ -1,5 +1,7 @@
 """A model in parts: what is in memory when, and which models are refused."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +63,24 @@ def test_only_the_mounted_part_is_in_memory(save, family):
             expected = sum(p.numel() * 4 for part in parts for p in part.parameters())
             assert abs(held - expected) < 4096, "more than the part, or less"
         assert storage_bytes(parted.model) == hollow
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm", "mixtral"])
+def test_what_was_mounted_is_gone_at_once(save, family):
+    """Without the garbage collector: models refer to themselves, blocks would pile up."""
+    _, parted = open_in_parts(str(save(family)), device="cpu")
+    seen = []
+    gc.disable()
+    try:
+        for names in (parted.front, parted.tail, parted.blocks[:1]):
+            with parted.mounted(names):
+                real = [p for p in parted.model.parameters() if p.stride() != (0,) * p.dim()]
+                seen += [weakref.ref(parameter) for parameter in real]
+                del real
+        assert seen
+        assert not any(reference() is not None for reference in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_tied_head_is_read_from_the_embedding(save):
