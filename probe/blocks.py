@@ -171,7 +171,7 @@ class PartedModel:
             return self._run(ids)
 
     def _run(self, ids: Tensor) -> Any:
-        cached = hasattr(self.model.config, "use_cache")
+        cached = hasattr(self.model.config.get_text_config(), "use_cache")
         return self.model(input_ids=ids, **({"use_cache": False} if cached else {}))
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from bitplan.probe.loading import (
     read_tokenizer,
 )
 from bitplan.probe.loading import some as some
+from bitplan.rundir import file_hash
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -132,10 +134,15 @@ def load_checkpoint(
 
 
 def open_in_parts(
-    source: str, *, device: str = "auto", trust_remote_code: bool = False
+    source: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    content_hash: str | None = None,
 ) -> tuple[Checkpoint, PartedModel]:
     """Open a Hugging Face directory or hub name without its weights, to be read part by part.
 
+    content_hash: what `identify` said, if it was asked, so that the files are not read for it.
     The checkpoint's model is that of the parts: it has values only where a part is mounted. Raises
     CheckpointError as `load_checkpoint` does, for GGUF, and for what does not run block by block.
     """
@@ -160,7 +167,7 @@ def open_in_parts(
         model=parted.model,
         tokenizer=tokenizer,
         source=source,
-        content_hash=hash_files(files),
+        content_hash=content_hash or hash_files(files),
         family=str(config.get_text_config().model_type),
         weights_note=None,
     )
@@ -311,11 +318,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def hash_files(files: Iterable[Path]) -> str:
     """Return 32 hex digits over the files' names and bytes, sorted by name."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with open(path, "rb") as file:
-            inner = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name}\0{inner}\n".encode())
+    digest, ordered = hashlib.sha256(), sorted(files)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for path, inner in zip(ordered, pool.map(file_hash, ordered), strict=True):
+            digest.update(f"{path.name}\0{inner}\n".encode())
     return digest.hexdigest()[:32]
 
 

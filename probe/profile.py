@@ -95,7 +95,12 @@ def _measure(
     if reason is None:
         checkpoint = load_checkpoint(options.model, device=device, trust_remote_code=trusted)
     else:
-        checkpoint, parted = open_in_parts(options.model, device=device, trust_remote_code=trusted)
+        checkpoint, parted = open_in_parts(
+            options.model,
+            device=device,
+            trust_remote_code=trusted,
+            content_hash=asked["model_hash"],
+        )
     ids = _calibration_ids(checkpoint, corpus, options)
     items = find_linears(checkpoint.model)
     wanted = {"has_loss": checkpoint.has_loss, "sensitivity": options.sensitivity}

@@ -232,7 +232,8 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine of matching rows, 0 where one of them is zero: [rows]."""
     dot = torch.linalg.vecdot
     lengths = dot(a, a).sqrt() * dot(b, b).sqrt()
-    return dot(a, b) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    cosines: Tensor = dot(a, b) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    return cosines
 
 
 class _Reader:

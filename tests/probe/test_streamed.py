@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+import transformers
 
 from bitplan.errors import CheckpointError, RunError
 from bitplan.options import DEFAULT_FORMATS, ProfileOptions
@@ -97,6 +98,49 @@ def test_half_precision_on_disk_and_shards(build, tokenizer, options, tmp_path):
     profile_checkpoint(tmp_path / "whole", replace(asked, stream=False))
     profile_checkpoint(tmp_path / "streamed", replace(asked, stream=True))
     assert_same(tmp_path / "streamed", tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_vision_tower_of_as_many_layers_is_only_weighed(tokenizer, options, tmp_path):
+    text = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = replace(options, model=str(tmp_path / "model"))
+    profile_checkpoint(tmp_path / "whole", replace(asked, stream=False))
+    result = profile_checkpoint(tmp_path / "streamed", replace(asked, stream=True))
+    assert_same(tmp_path / "streamed", tmp_path / "whole")
+    vision_rows = result.profile.filter(pl.col("module").str.contains("vision"))
+    assert vision_rows.filter(pl.col("operand") == "weight")["count"].min() > 0
+    assert vision_rows.filter(pl.col("operand") == "input")["count"].max() == 0
+
+
+def test_a_model_that_hands_embeddings_to_every_block_is_refused(tokenizer, options, tmp_path):
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=257,
+        vocab_size_per_layer_input=257,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_kv_shared_layers=0,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        laurel_rank=8,
+        layer_types=list(GEMMA),
+        activation_sparsity_pattern=[0.0, 0.0],
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = replace(options, model=str(tmp_path / "model"), stream=True)
+    with pytest.raises(CheckpointError, match=r"cannot be run block by block .*--no-stream"):
+        profile_checkpoint(tmp_path / "run", asked)
+    assert not (tmp_path / "run").exists()
 
 
 def test_never_more_than_one_block_is_in_memory(options, tmp_path, monkeypatch):
