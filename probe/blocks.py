@@ -100,21 +100,24 @@ class PartedModel:
 
     def _mount(self, names: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Put real weights into the model; return the dictionaries changed, and what they held."""
-        real = self._read(self._devices(names))
-        saved = []
+        real = self._read(self._devices(names)).requires_grad_(False)
+        found: list[tuple[str, nn.Module]] = []
         for name in names:
             part = real.get_submodule(name)
-            deep = name in self.blocks
-            if deep:
+            if name in self.blocks:
                 unfuse_experts(part)
-            _check_finite(part, name, self._source, deep=deep)
-            part.requires_grad_(False)
-            for path, module in _modules(part, name, deep=deep):
-                place = self.model.get_submodule(path)
-                for kind in ("_parameters", "_buffers"):
-                    tensors = getattr(place, kind)
-                    saved.append((tensors, dict(tensors)))
-                    tensors.update(getattr(module, kind))
+                found += [(f"{name}.{path}".rstrip("."), m) for path, m in part.named_modules()]
+            else:
+                found.append((name, part))
+        for path, module in found:
+            _check_finite(module, path, self._source)
+        saved = []
+        for path, module in found:
+            place = self.model.get_submodule(path)
+            for kind in ("_parameters", "_buffers"):
+                tensors = getattr(place, kind)
+                saved.append((tensors, dict(tensors)))
+                tensors.update(getattr(module, kind))
         # Modules refer to each other in circles: the rest of this model would stay for a while.
         for module in real.modules():
             module._parameters.clear()
@@ -310,15 +313,6 @@ def _find_blocks(model: Any, source: str) -> tuple[str, ...]:
     )
 
 
-def _modules(part: nn.Module, name: str, *, deep: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a part with their names in the model: a block's all, else itself."""
-    if not deep:
-        yield name, part
-        return
-    for path, module in part.named_modules():
-        yield f"{name}.{path}" if path else name, module
-
-
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that a module holds itself."""
     return [p for p in module._parameters.values() if p is not None]
@@ -355,13 +349,13 @@ def _hollow(model: nn.Module, device: torch.device) -> None:
                 tensors[name] = known[id(tensor)]
 
 
-def _check_finite(part: nn.Module, name: str, source: str, *, deep: bool) -> None:
-    for path, parameter in part.named_parameters(recurse=deep):
+def _check_finite(module: nn.Module, name: str, source: str) -> None:
+    for leaf, parameter in module.named_parameters(recurse=False):
         # Without a mask of the tensor's size: both are NaN where any element is.
         low, high = parameter.detach().flatten().aminmax()
         if not torch.isfinite(high - low):
             bad = int((~torch.isfinite(parameter)).sum())
             raise CheckpointError(
-                f"{source}: {name}.{path} has {bad} of {parameter.numel()} weights NaN or "
+                f"{source}: {name}.{leaf} has {bad} of {parameter.numel()} weights NaN or "
                 "infinite: the checkpoint is damaged or its training diverged"
             )

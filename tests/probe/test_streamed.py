@@ -89,6 +89,19 @@ def test_the_tables_are_those_of_the_whole_model(save, options, tmp_path, family
         assert sensitivity is False or streamed.sensitivity["delta_loss"].is_finite().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_tables_are_those_of_the_whole_model_on_a_gpu(save, options, tmp_path, family):
+    asked = replace(options, model=str(save(family, initializer_range=0.2)), device="cuda")
+    whole = profile_checkpoint(tmp_path / "whole", replace(asked, stream=False))
+    found = profile_checkpoint(tmp_path / "streamed", replace(asked, stream=True))
+    for name in ("kurtosis", "absmax", "std"):
+        assert found.profile[name].to_list() == pytest.approx(whole.profile[name].to_list())
+    expected = whole.sensitivity["delta_loss"].to_list()
+    assert found.sensitivity["delta_loss"].to_list() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
 def test_half_precision_on_disk_and_shards(build, tokenizer, options, tmp_path):
     model = build("llama", initializer_range=0.2, num_hidden_layers=2).bfloat16()
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
