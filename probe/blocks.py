@@ -100,7 +100,7 @@ class PartedModel:
 
     def _mount(self, names: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Put real weights into the model; return the dictionaries changed, and what they held."""
-        real = self._read(self._devices(names)).requires_grad_(False)
+        real = self._read(self._devices(names))
         found: list[tuple[str, nn.Module]] = []
         for name in names:
             part = real.get_submodule(name)
@@ -110,6 +110,7 @@ class PartedModel:
             else:
                 found.append((name, part))
         for path, module in found:
+            module.requires_grad_(False)
             _check_finite(module, path, self._source)
         saved = []
         for path, module in found:

@@ -56,6 +56,7 @@ def test_only_the_mounted_part_is_in_memory(save, family):
         parts = [whole.get_submodule(name) for name in names]
         with parted.mounted(names):
             real = dict(parted.model.named_parameters())
+            assert not any(parameter.requires_grad for parameter in real.values())
             for name, part in zip(names, parts, strict=True):
                 for path_, parameter in part.named_parameters():
                     assert torch.equal(real[f"{name}.{path_}"], parameter)
