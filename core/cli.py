@@ -140,6 +140,11 @@ def _print(result: Any, as_json: bool) -> None:
     is_flag=True,
     help="Stream the weights of safetensors; no model code, no text.",
 )
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Run block by block, for models larger than memory.  [default: where it does not fit]",
+)
 @click.option("--no-sensitivity", is_flag=True, help="Skip the backward passes.")
 @_option(
     ProfileOptions,

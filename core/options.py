@@ -27,6 +27,8 @@ class ProfileOptions:
     """Candidate formats whose error and sensitivity are recorded."""
     weights_only: bool = False
     """Stream the weights alone: no model code, no text, no inputs."""
+    stream: bool | None = None
+    """Run the model block by block, not loaded whole; None: where it does not fit in memory."""
     sensitivity: bool = True
     """Estimate the change of loss per (site, format) from backward passes."""
     interventions: int | Literal["all"] = 0

@@ -25,6 +25,7 @@ from bitplan.errors import RunError
 SCHEMA_VERSION = 1
 MANIFEST = "run.json"
 LOCK = ".lock"
+PARTIAL = ".partial"
 
 
 def content_hash(value: Any) -> str:
@@ -175,7 +176,7 @@ class RunDir:
             return cls.open(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: name a directory for the run")
-        if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.is_dir() and any(e.name not in (LOCK, PARTIAL) for e in path.iterdir()):
             raise RunError(f"{path} is not empty and no run directory: name a new directory")
         return cls(path, {"schema": SCHEMA_VERSION, "stages": {}})
 

@@ -11,9 +11,11 @@ Experts that transformers keeps as one 3-D parameter come out as one linear each
 
 import hashlib
 import json
+import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from bitplan.errors import BitplanError, CheckpointError
+from bitplan.probe.blocks import PartedModel
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.loading import (
     gguf_note,
@@ -32,6 +35,7 @@ from bitplan.probe.loading import (
     read_tokenizer,
 )
 from bitplan.probe.loading import some as some
+from bitplan.rundir import file_hash
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -127,6 +131,57 @@ def load_checkpoint(
         family=str(config.get_text_config().model_type),
         weights_note=weights_note,
     )
+
+
+def open_in_parts(
+    source: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    content_hash: str | None = None,
+) -> tuple[Checkpoint, PartedModel]:
+    """Open a Hugging Face directory or hub name without its weights, to be read part by part.
+
+    content_hash: what `identify` said, if it was asked, so that the files are not read for it.
+    The checkpoint's model is that of the parts: it has values only where a part is mounted. Raises
+    CheckpointError as `load_checkpoint` does, for GGUF, and for what does not run block by block.
+    """
+    target = resolve_device(device)
+    directory, gguf, files = _find(source, trust_remote_code)
+    if gguf:
+        raise CheckpointError(
+            f"{source} is GGUF, which is read whole: profile it without --stream, or give the "
+            "safetensors that it was made from"
+        )
+    options = {"trust_remote_code": trust_remote_code}
+    with quiet():
+        config = read_config(directory, source, options)
+        tokenizer = read_tokenizer(directory, source, options)
+
+    def read(devices: Mapping[str, str]) -> Any:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            return read_model(directory, source, config, options, devices)
+
+    parted = PartedModel(read, source, target)
+    checkpoint = Checkpoint(
+        model=parted.model,
+        tokenizer=tokenizer,
+        source=source,
+        content_hash=content_hash or hash_files(files),
+        family=str(config.get_text_config().model_type),
+        weights_note=None,
+    )
+    return checkpoint, parted
+
+
+def float32_bytes(source: str, *, trust_remote_code: bool = False) -> int | None:
+    """Return the size of a checkpoint's weights in float32, None for GGUF, which is read whole."""
+    _, gguf, files = _find(source, trust_remote_code)
+    if gguf:
+        return None
+    headers = [read_header(path) for path in files if path.suffix == ".safetensors"]
+    elements = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    return 4 * int(elements)
 
 
 # --- finding and checking the files ------------------------------------------------------------
@@ -263,11 +318,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def hash_files(files: Iterable[Path]) -> str:
     """Return 32 hex digits over the files' names and bytes, sorted by name."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with open(path, "rb") as file:
-            inner = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name}\0{inner}\n".encode())
+    digest, ordered = hashlib.sha256(), sorted(files)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for path, inner in zip(ordered, pool.map(file_hash, ordered), strict=True):
+            digest.update(f"{path.name}\0{inner}\n".encode())
     return digest.hexdigest()[:32]
 
 

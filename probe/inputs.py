@@ -66,10 +66,10 @@ def measure_inputs(
         if sensitivity and has_loss
         else None
     )
-    watcher = _Watcher(model, items, formats, estimate)
+    watcher = InputWatcher(model, items, formats, estimate)
     names = [item.linear.module for item in items]
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    starts = range(0, len(ids), size := _batch_size(items, ids.shape[1], device))
+    starts = range(0, len(ids), size := batch_size(items, ids.shape[1], device))
     with (
         traced(model, names, every_pass=watcher.order_varies) as tracer,
         watcher.outliers.hooked(model),
@@ -91,12 +91,13 @@ def measure_inputs(
         stats={name: stats for name, stats in watcher.stats.items() if stats.rows},
         outliers=watcher.outliers,
         sensitivity=list(estimate.rows(items)) if estimate is not None else None,
-        loss=_finite(loss.item() / predicted) if has_loss else None,
-        notes=tuple(_repeated(tracer.repeated)),
+        loss=finite_loss(loss.item() / predicted) if has_loss else None,
+        notes=tuple(repeated_note(tracer.repeated)),
     )
 
 
-def _repeated(names: Sequence[str]) -> Iterator[str]:
+def repeated_note(names: Sequence[str]) -> Iterator[str]:
+    """Say of linears that run again in a pass, if any do, what is measured of them."""
     if names:
         yield (
             f"{len(names)} linears run more than once in a pass, {some(names)}: their statistics "
@@ -104,13 +105,14 @@ def _repeated(names: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _finite(loss: float) -> float:
+def finite_loss(loss: float) -> float:
+    """Return the loss; raise CheckpointError where it is NaN or infinite."""
     if not math.isfinite(loss):
         raise CheckpointError(f"the loss on the calibration text is {loss}: the model is damaged")
     return loss
 
 
-def _batch_size(items: Sequence[LinearModule], seq_len: int, device: torch.device) -> int:
+def batch_size(items: Sequence[LinearModule], seq_len: int, device: torch.device) -> int:
     """Return how many sequences keep the activations of a batch within the bound, at least 1."""
     # A linear's input and output, and what lies between it and the next, as often again.
     floats = sum(2 * (i.linear.in_features + i.linear.out_features) for i in items if i.has_input)
@@ -142,8 +144,11 @@ class _Seen:
     views: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
-class _Watcher:
-    """Updates statistics and sensitivity with every tensor a trace shows."""
+class InputWatcher:
+    """Updates statistics and sensitivity with every tensor a trace shows.
+
+    Without `measures` it is the sensitivity alone, of a pass whose statistics are known.
+    """
 
     def __init__(
         self,
@@ -151,12 +156,15 @@ class _Watcher:
         items: Sequence[LinearModule],
         formats: Sequence[Format],
         estimate: GradientSensitivity | None,
+        *,
+        measures: bool = True,
     ) -> None:
         self.stats: dict[str, TensorStats] = {}
         self.outliers = OutlierWatch(items)
         self._items = {item.linear.module: item for item in items}
         self._formats = tuple(formats)
         self._estimate = estimate
+        self._measures = measures
         self._experts = {
             f"{name}.{child}": module
             for name, module in model.named_modules()
@@ -193,8 +201,9 @@ class _Watcher:
         if not item.has_input:
             return None
         seen = self._reading = self._find(x) or self._first(name, x)
-        self.stats[name] = self.stats[seen.leader]
-        self.outliers.share(name, seen.leader)
+        if self._measures:
+            self.stats[name] = self.stats[seen.leader]
+            self.outliers.share(name, seen.leader)
         if self._estimate is None or item.linear.role not in ROLES or not x.requires_grad:
             return None
         group = item.linear.fused or name
@@ -207,7 +216,7 @@ class _Watcher:
     def on_output(self, name: str, y: Tensor) -> None:
         """Take in a linear's output; embeddings are where gradients begin."""
         item, seen = self._items[name], self._reading
-        if seen is not None:
+        if seen is not None and self._measures:
             self.outliers.see_output(name, seen.x, y, seen.sequences, seen.positions)
         if self._estimate is None:
             return
@@ -223,14 +232,15 @@ class _Watcher:
     def _first(self, name: str, x: Tensor) -> _Seen:
         """Update the statistics with a tensor that was not seen before in this batch."""
         positions, sequences = self._places(name, x)
-        self.outliers.see_input(name, x, sequences, positions)
-        if name not in self.stats:
-            self.stats[name] = TensorStats(
-                x.shape[-1], operand="input", formats=self._formats, device=x.device
+        if self._measures:
+            self.outliers.see_input(name, x, sequences, positions)
+            if name not in self.stats:
+                self.stats[name] = TensorStats(
+                    x.shape[-1], operand="input", formats=self._formats, device=x.device
+                )
+            self.stats[name].update(
+                x, positions=positions, sequences=sequences if positions is not None else None
             )
-        self.stats[name].update(
-            x, positions=positions, sequences=sequences if positions is not None else None
-        )
         seen = _Seen(x, name, positions, sequences)
         self._recent.append(seen)
         return seen

@@ -8,7 +8,7 @@ import contextlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,20 +75,34 @@ def read_tokenizer(directory: Path, source: str, options: dict[str, Any]) -> Any
         ) from error
 
 
-def read_model(directory: Path, source: str, config: Any, options: dict[str, Any]) -> Any:
-    """Return the model in float32; raise CheckpointError where any weight of it is missing."""
+def read_model(
+    directory: Path,
+    source: str,
+    config: Any,
+    options: dict[str, Any],
+    devices: Mapping[str, str] | None = None,
+) -> Any:
+    """Return the model in float32; raise CheckpointError where any weight of it is missing.
+
+    devices: where the modules of these names go, "" being all others; a part that goes to `meta`
+    is not read.
+    """
     # sdpa ignores the soft cap on attention logits that Gemma 2 was trained with.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    # Hooks that carry tensors between devices are for running such a model whole.
+    undispatched = mock.patch("transformers.modeling_utils.accelerate_dispatch")
     try:
-        model, info = _auto_class(config).from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **({"attn_implementation": "eager"} if capped else {}),
-            **options,
-        )
+        with undispatched if devices else contextlib.nullcontext():
+            model, info = _auto_class(config).from_pretrained(
+                directory,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **({"attn_implementation": "eager"} if capped else {}),
+                **({"device_map": dict(devices)} if devices else {}),
+                **options,
+            )
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{source} cannot be loaded: {_first_line(error)}") from error
     if model.main_input_name != "input_ids":

@@ -53,7 +53,7 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
         family=getattr(text, "model_type", None),
         hidden_size=getattr(text, "hidden_size", None),
     )
-    outside = _outside_text(model, text) if text is not config else set()
+    outside = outside_text(model, text) if text is not config else set()
     return [
         replace(item, linear=_corrected(item, linear, item.module in outside))
         for item, linear in zip(found, described, strict=True)
@@ -70,7 +70,7 @@ def _corrected(item: LinearModule, linear: Linear, is_outside: bool) -> Linear:
     return linear
 
 
-def _outside_text(model: Any, text: Any) -> set[nn.Module]:
+def outside_text(model: Any, text: Any) -> set[nn.Module]:
     """Return the modules of a multimodal model that are not of its language model."""
     inside = {model.get_output_embeddings()}
     for module in model.modules():

@@ -107,13 +107,10 @@ class OutlierWatch:
             return None
         return x.reshape(sequences, tokens, x.shape[-1])
 
-    def notes(self) -> Iterator[str]:
-        """Yield what the user should know: where massive activations were not looked for."""
-        if self._unread:
-            yield (
-                f"massive activations were not looked for after {some(sorted(self._unread))}: the "
-                "output is no hidden state of sequences and tokens"
-            )
+    @property
+    def unread(self) -> list[str]:
+        """Blocks after which massive activations were not looked for."""
+        return sorted(self._unread)
 
     def channels(self) -> dict[str, Tensor]:
         """Return, on the host, the counts of each input that was seen (channels.py)."""
@@ -141,3 +138,12 @@ class OutlierWatch:
             }
             median = input_medians.get(name)
             yield from (place | finding for finding in OutputSpike.findings(vector, median))
+
+
+def unread_note(blocks: Sequence[str]) -> Iterator[str]:
+    """Say of blocks, if there are any, that nothing massive was looked for after them."""
+    if blocks:
+        yield (
+            f"massive activations were not looked for after {some(list(blocks))}: the output is no "
+            "hidden state of sequences and tokens"
+        )

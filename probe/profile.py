@@ -4,6 +4,9 @@ The stage loads a checkpoint, reads calibration text, measures every weight and 
 writes the tables together at its end: what fails leaves the run directory as it was. Asked again
 with the same options, checkpoint and text, it returns what is there. Interventions, which take far
 longer, come after that and are added to the finished profile, those of a pass together.
+
+A model whose weights in float32 do not fit in memory is run block by block (streamed.py): the same
+tables, and where that is interrupted, the parts that were finished wait in the run directory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,21 +21,28 @@ from torch import Tensor
 from bitplan.errors import BitplanError, CheckpointError, DataError
 from bitplan.formats import Format, parse_formats
 from bitplan.options import ProfileOptions
+from bitplan.probe.blocks import PartedModel
 from bitplan.probe.channels import channel_overlap, with_stability
 from bitplan.probe.checkpoint import (
     Checkpoint,
+    float32_bytes,
     hash_files,
     identify,
     load_checkpoint,
+    open_in_parts,
     resolve_device,
     some,
 )
 from bitplan.probe.inputs import Inputs, measure_inputs
 from bitplan.probe.interventions import measure_interventions
 from bitplan.probe.measured import Count, to_measure, with_effects
+from bitplan.probe.memory import available_bytes
 from bitplan.probe.modules import LinearModule, find_linears
+from bitplan.probe.outliers import unread_note
+from bitplan.probe.partial import opened_partial, remove_partial
 from bitplan.probe.result import ProfileResult
 from bitplan.probe.stats import Summary, TensorStats, fetch, to_host
+from bitplan.probe.streamed import Tables, profile_blocks
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.probe.weights import (
     gate_up_alignment,
@@ -41,7 +51,7 @@ from bitplan.probe.weights import (
     profile_weights,
 )
 from bitplan.progress import track
-from bitplan.rundir import RunDir
+from bitplan.rundir import RunDir, content_hash, versions
 from bitplan.sites import site_columns
 from bitplan.tables import ERRORS, OUTLIERS, PROFILE, SENSITIVITY
 
@@ -68,10 +78,10 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
         }
         is_done = target.is_done(STAGE, asked)
         if is_done and _is_measured(target, options.interventions):
+            remove_partial(run)
             return _result(target, up_to_date=True)
-        checkpoint = load_checkpoint(
-            options.model, device=options.device, trust_remote_code=options.trust_remote_code
-        )
+        opened = _open(options, asked["model_hash"])
+        checkpoint = opened.checkpoint
         if options.interventions and not checkpoint.has_loss:
             raise CheckpointError(
                 f"{type(checkpoint.model).__name__} predicts no next token, so that interventions "
@@ -79,11 +89,40 @@ def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
             )
         ids = _calibration_ids(checkpoint, corpus, options)
         if not is_done:
-            _measure(target, options, asked | _NONE, formats, corpus, checkpoint, ids)
+            _measure(target, options, asked | _NONE, formats, corpus, opened, ids)
         if options.interventions:
             now = {"interventions": options.interventions}
             _intervene(target, options, asked | now, checkpoint, ids)
         return _result(target, up_to_date=False)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint, in memory or else in parts, and what the user should know of that."""
+
+    checkpoint: Checkpoint
+    parted: PartedModel | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _open(options: ProfileOptions, model_hash: str) -> _Opened:
+    """Load the checkpoint, or open it in parts where it does not fit or that was asked for."""
+    trusted = options.trust_remote_code
+    if (reason := _why_stream(options)) is None:
+        loaded = load_checkpoint(options.model, device=options.device, trust_remote_code=trusted)
+        return _Opened(loaded)
+    if options.interventions:
+        raise BitplanError(
+            f"interventions run the whole model, but {reason}: leave out --interventions, or pass "
+            "--no-stream where the model fits in memory"
+        )
+    checkpoint, parted = open_in_parts(
+        options.model,
+        device=options.device,
+        trust_remote_code=trusted,
+        content_hash=model_hash,
+    )
+    return _Opened(checkpoint, parted, (reason,))
 
 
 def _asked(target: RunDir, options: ProfileOptions) -> dict[str, Any]:
@@ -97,7 +136,9 @@ def _asked(target: RunDir, options: ProfileOptions) -> dict[str, Any]:
             f"{'--weights-only' if options.weights_only else '--no-sensitivity'}"
         )
     done = target.manifest["stages"].get(STAGE, {}).get("options", {})
-    return asdict(options) | {"interventions": done.get("interventions", 0)}
+    asked = asdict(options) | {"interventions": done.get("interventions", 0)}
+    del asked["stream"]  # the tables are the same
+    return asked
 
 
 def _tables(target: RunDir) -> dict[str, pl.DataFrame]:
@@ -137,33 +178,35 @@ def _measure(
     asked: Mapping[str, Any],
     formats: Sequence[Format],
     corpus: Corpus,
-    checkpoint: Checkpoint,
+    opened: "_Opened",
     ids: Tensor,
 ) -> None:
+    checkpoint, parted = opened.checkpoint, opened.parted
     items = find_linears(checkpoint.model)
-    inputs = measure_inputs(
-        checkpoint.model,
-        items,
-        ids,
-        formats,
-        has_loss=checkpoint.has_loss,
-        sensitivity=options.sensitivity,
-    )
-    summaries = _summaries(items, inputs, formats)
+    wanted = {"has_loss": checkpoint.has_loss, "sensitivity": options.sensitivity}
+    tabulate = partial(_tabulate, formats=formats)
+    if parted is None:
+        inputs = measure_inputs(checkpoint.model, items, ids, formats, **wanted)
+        tables = tabulate(items, inputs)
+        sensitivity = inputs.sensitivity
+        notes = [*inputs.notes, *unread_note(inputs.outliers.unread)]
+    else:
+        question = dict(asked) | {"versions": versions(), "device": str(parted.device)}
+        with opened_partial(target.path, content_hash(question)) as kept:
+            streamed = profile_blocks(parted, items, ids, formats, tabulate, kept, **wanted)
+        tables, sensitivity, notes = streamed.tables, streamed.sensitivity, list(streamed.notes)
     text_of = partial(_text_of, ids, checkpoint.tokenizer)
-    rows = [_with_texts(row, text_of) for row in _rows(items, summaries)]
+    rows = [_with_texts(row, text_of) for row in tables.rows]
     overlap = channel_overlap(rows)
-    medians = {row["module"]: row.get("abs_p50") for row in rows if row["operand"] == "input"}
-    findings = inputs.outliers.findings(medians)
     frames = {
         PROFILE.file: PROFILE.frame(
             row | {"top_channel_overlap": overlap.get(row["site"])} for row in rows
         ),
-        ERRORS.file: ERRORS.frame(_error_rows(items, summaries)),
-        OUTLIERS.file: OUTLIERS.frame(row | {"text": text_of(row)} for row in findings),
+        ERRORS.file: ERRORS.frame(tables.errors),
+        OUTLIERS.file: OUTLIERS.frame(row | {"text": text_of(row)} for row in tables.outliers),
     }
-    if inputs.sensitivity is not None:
-        frames[SENSITIVITY.file] = SENSITIVITY.frame(inputs.sensitivity)
+    if sensitivity is not None:
+        frames[SENSITIVITY.file] = SENSITIVITY.frame(sensitivity)
     data = {
         "source": corpus.source,
         "content_hash": corpus.content_hash,
@@ -172,13 +215,22 @@ def _measure(
         "seq_len": ids.shape[1],
     }
     facts = {"model": checkpoint.facts(), "data": data, "seed": options.seed}
-    notes = [
-        *_notes(checkpoint, rows, options),
-        *corpus.notes,
-        *inputs.notes,
-        *inputs.outliers.notes(),
-    ]
-    _write(target, asked, frames, facts, notes)
+    all_notes = [*opened.notes, *_notes(checkpoint, rows, options), *corpus.notes, *notes]
+    _write(target, asked, frames, facts, all_notes)
+
+
+def _why_stream(options: ProfileOptions) -> str | None:
+    """Return why the model is run block by block, as a note, or None where it is loaded whole."""
+    if options.stream:
+        return "the model was run block by block, as was asked"
+    needed = float32_bytes(options.model, trust_remote_code=options.trust_remote_code)
+    free = available_bytes(resolve_device(options.device))
+    if options.stream is False or needed is None or free is None or needed <= free:
+        return None
+    return (
+        f"the model was run block by block: its weights take {needed / 1e9:.1f} GB in float32, "
+        f"{free / 1e9:.1f} GB of memory were free"
+    )
 
 
 def _weights_only(
@@ -344,6 +396,20 @@ def _error_rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterato
                 yield from (site | row for row in summary.error_rows())
 
 
+def _tabulate(
+    items: Sequence[LinearModule], inputs: Inputs, *, formats: Sequence[Format]
+) -> Tables:
+    """Make the rows of some linears, whose weights are in memory."""
+    summaries = _summaries(items, inputs, formats)
+    rows = list(_rows(items, summaries))
+    medians = {row["module"]: row.get("abs_p50") for row in rows if row["operand"] == "input"}
+    return Tables(
+        rows=rows,
+        errors=list(_error_rows(items, summaries)),
+        outliers=list(inputs.outliers.findings(medians)),
+    )
+
+
 def _text_of(ids: Tensor, tokenizer: Any, token: Mapping[str, Any]) -> str | None:
     """Return the text of the token at a sequence and position; None where that is not known."""
     if token["position"] < 0:
@@ -374,6 +440,7 @@ def _write(
 ) -> None:
     """Write the tables and the manifest together, and drop what an earlier profile left."""
     target.commit(STAGE, asked, frames, **facts, notes=list(notes))
+    remove_partial(target.path)
     for table in (SENSITIVITY, OUTLIERS):
         if table.file not in frames:
             (target.path / table.file).unlink(missing_ok=True)

@@ -138,20 +138,33 @@ class GradientSensitivity:
         self._squared = False
         self.draws = max(1, -(-_DRAWS // sequences))
 
-    def backward(self, logits: Tensor, ids: Tensor, first: int) -> Tensor:
-        """Run a batch backward, from its true labels and from drawn ones; return its summed loss.
+    @property
+    def passes(self) -> int:
+        """Backward passes of a batch: from its true labels, then from drawn ones."""
+        return 1 + self.draws
+
+    def start(self, number: int) -> None:
+        """Say which pass comes next: 0 from the true labels, the others from drawn ones."""
+        self._squared = number > 0
+
+    def losses(self, logits: Tensor, ids: Tensor, first: int) -> Iterator[Tensor]:
+        """Yield the summed loss that each pass goes backward from, after `start`.
 
         logits: [sequences, tokens, vocabulary]; ids: [sequences, tokens], the first number `first`.
         """
-        loss = summed_loss(logits, ids)
-        # Not Tensor.backward, which nnsight replaces.
-        self._squared = False
-        torch.autograd.backward(loss, retain_graph=True)
-        self._squared = True
-        for draw in range(self.draws):
-            drawn = summed_loss(logits, drawn_labels(logits, first, draw))
-            torch.autograd.backward(drawn, retain_graph=draw < self.draws - 1)
-        return loss.detach()
+        for number in range(self.passes):
+            self.start(number)
+            labels = drawn_labels(logits, first, number - 1) if number else ids
+            yield summed_loss(logits, labels)
+
+    def backward(self, logits: Tensor, ids: Tensor, first: int) -> Tensor:
+        """Run all passes of a batch; return its summed loss. Arguments as those of `losses`."""
+        losses = []
+        for loss in self.losses(logits, ids, first):
+            losses.append(loss.detach())
+            # Not Tensor.backward, which nnsight replaces.
+            torch.autograd.backward(loss, retain_graph=len(losses) < self.passes)
+        return losses[0]
 
     def input(self, name: str, x: Tensor, sequences: Tensor) -> Tensor:
         """Watch the tensor [..., in_features] that a linear is handed; return what it must read.

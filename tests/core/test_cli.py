@@ -12,7 +12,7 @@ from bitplan.cli import EXIT_BAD_INPUT, main
 COMMANDS = ("profile", "plan", "verify", "report", "demo", "law predict", "law crossover")
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
-    "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only "
+    "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only --stream "
     "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --json",

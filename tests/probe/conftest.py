@@ -28,7 +28,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "mistral": lambda **k: transformers.MistralConfig(**_GROUPED | k),
     "qwen2": lambda **k: transformers.Qwen2Config(**_GROUPED | k),
     "qwen3": lambda **k: transformers.Qwen3Config(**_GROUPED, head_dim=8, **k),
-    "gemma3": lambda **k: transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, **k),
+    "gemma3": lambda **k: transformers.Gemma3TextConfig(**_GROUPED | {"head_dim": 8} | k),
     "phi3": lambda **k: transformers.Phi3Config(**_GROUPED, pad_token_id=0, **k),
     "olmo2": lambda **k: transformers.Olmo2Config(**_GROUPED | k),
     "gpt2": lambda **k: transformers.GPT2Config(

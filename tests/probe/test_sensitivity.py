@@ -131,7 +131,7 @@ def test_weights_agree_with_finite_differences(opt, module, fmt):
 
 def test_the_batch_split_changes_nothing(opt, monkeypatch):
     model, ids, found = opt
-    monkeypatch.setattr("bitplan.probe.inputs._batch_size", lambda *_: 1)
+    monkeypatch.setattr("bitplan.probe.inputs.batch_size", lambda *_: 1)
     for key, row in estimates(model, ids).items():
         for name in ("delta_loss", "stderr", "kl", "kl_stderr"):
             assert row[name] == pytest.approx(found[key][name], rel=1e-9, abs=1e-15)

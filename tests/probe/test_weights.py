@@ -296,6 +296,29 @@ def test_tensors_are_read_when_their_turn_comes(
         assert read == names[:count]
 
 
+def test_matrices_side_by_side_give_what_one_after_the_other_gives(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i}.{name}": w for i in range(9) for name, w in block(i).items()}
+    source = save(tmp_path / "w.safetensors", tensors)
+    one = list(profile_weights(source, FORMATS))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        many = list(profile_weights(source, FORMATS))
+        stopped = profile_weights(source, FORMATS)
+        next(stopped)
+        stopped.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert [record.linear for record in many] == [record.linear for record in one]
+    assert [(r.row, r.errors) for r in many] == [(r.row, r.errors) for r in one]
+
+
+def block(seed: int) -> dict[str, Tensor]:
+    prefix = "model.layers.0."
+    return {name.removeprefix(prefix): weight for name, weight in llama_block(seed).items()}
+
+
 # --- bad input ---------------------------------------------------------------------------------
 
 
