@@ -33,32 +33,36 @@ def add_to_histogram(histogram: Tensor, x: Tensor, magnitude: Tensor) -> None:
 def read_histogram(
     histogram: Tensor, shares: tuple[float, ...], total: Tensor, mean: Tensor, distance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return quantiles of |x|, [shares], and the share of x farther than `distance` from `mean`.
+    """Return quantiles of |x|, [..., shares], and the share of x that is far from the mean.
 
+    histogram: [..., bins]; total (the number of elements), mean, distance: [...], float64. Far is
+    farther than `distance`.
     Between two order statistics quantiles are linear, as in numpy. Bins are near or far by their
     middle; NaN where a bin at the mean is wider than a third of the distance, so that it cannot be
-    told. total: the number of elements; this and the other scalars are float64.
+    told.
     """
     middles = _middles(histogram.device)
     # Without the first bin, which the count of zeros may have run past 2^31: it is what is left.
-    upto = F.pad(histogram.view(2, _BINS)[:, 1:].cumsum(1, dtype=torch.int64), (1, 0))
-    everything = upto[:, -1].sum()
+    signs = histogram.view(*histogram.shape[:-1], 2, _BINS)[..., 1:]
+    upto = F.pad(signs.cumsum(-1, dtype=torch.int64), (1, 0))
+    everything = upto[..., -1].sum(-1)
     zeros = total.long() - everything
 
     # Scalars of Python travel with the kernels; a tensor from the host would make it wait.
-    ranks = torch.stack([share * (total - 1).clamp_min(0) for share in shares])
-    order = torch.stack([ranks.floor(), ranks.ceil()]).long()
-    found = torch.searchsorted(upto.sum(0) + zeros, order, right=True).clamp_max(_BINS - 1)
-    low, high = middles[found]
+    ranks = torch.stack([share * (total - 1).clamp_min(0) for share in shares], -1)
+    order = torch.cat([ranks.floor(), ranks.ceil()], -1).long()
+    counts = upto.sum(-2) + zeros[..., None]
+    found = torch.searchsorted(counts, order, right=True).clamp_max(_BINS - 1)
+    low, high = middles[found].chunk(2, -1)
     quantiles = torch.lerp(low, high, ranks - ranks.floor())
 
     # Of positive values the far ones lie outside [mean - distance, mean + distance]; of negative
     # ones the magnitudes outside [-mean - distance, -mean + distance].
-    signed = torch.stack([mean, -mean])
-    last = torch.searchsorted(middles[1:], signed + distance, right=True)
-    first = torch.searchsorted(middles[1:], signed - distance)
-    near = (upto.gather(1, last[:, None]) - upto.gather(1, first[:, None])).clamp_min(0).sum()
-    far = everything - near + zeros * (mean.abs() > distance)
+    signed = torch.stack([mean, -mean], -1)
+    last = torch.searchsorted(middles[1:], signed + distance[..., None], right=True)
+    first = torch.searchsorted(middles[1:], signed - distance[..., None])
+    inside = upto.gather(-1, last[..., None]) - upto.gather(-1, first[..., None])
+    far = everything - inside.clamp_min(0).sum((-1, -2)) + zeros * (mean.abs() > distance)
     resolved = mean.abs() * 2.0**-_MANTISSA_BITS <= distance / 3
     return quantiles, torch.where(resolved, far / total, math.nan)
 

@@ -168,13 +168,8 @@ def test_a_forward_pass_that_fails_is_no_lasting_state(model: LlamaForCausalLM) 
     with Recorder(model) as found:
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 4), 1000))
-        model.model.layers[0](torch.zeros(1, 4, 32), position_embeddings=_rotary(model))
         train(model, batches(1), found)
     assert found.frame().filter(operand="input")["tokens"].unique().to_list() == [24]
-
-
-def _rotary(model: LlamaForCausalLM) -> Any:
-    return model.model.rotary_emb(torch.zeros(1, 4, 32), torch.arange(4)[None])
 
 
 def test_evaluation_is_recorded_only_when_asked(model: LlamaForCausalLM) -> None:
