@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitplan.errors import CheckpointError
 from bitplan.probe.batch import Batch
@@ -49,6 +49,18 @@ class Ranks:
                     f"rank {self.rank} holds {len(sites)} sites and rank {rank} {len(others)}, not "
                     "the same: with the model split over ranks give merge_ranks=False"
                 )
+
+    @staticmethod
+    def shard(model: nn.Module) -> None:
+        """Let FSDP2 give back the weights that it still holds whole since a forward pass.
+
+        The optimizer has updated their shards only.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def join(self, batch: Batch) -> Batch:
         """Return a batch as all ranks have seen it; every rank must call this."""

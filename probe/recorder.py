@@ -272,6 +272,8 @@ class Recorder:
         found: dict[_Weight, TensorStats] = {}
         extras: dict[_Weight, list[Tensor | None]] = {}
         partners: dict[_Weight, tuple[Tensor, bool]] = {}
+        if self._ranks is not None and self._plain is not None:
+            self._ranks.shard(self._plain)
         for weight in dict.fromkeys(self._weights):
             rows, mine = self._share(weight)
             extras.setdefault(weight, [*_NO_EXTRAS])

@@ -1,6 +1,7 @@
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import polars as pl
 import pytest
 import scipy.stats
 import torch
+from polars.testing import assert_frame_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -235,21 +237,96 @@ def test_gradient_checkpointing_counts_once(reentrant: bool) -> None:
     assert frames[0].equals(frames[1])
 
 
-# torch.compile itself looks at .grad of the tensors that cross a graph break.
+@pytest.fixture
+def dynamo() -> Iterator[Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+# torch.compile itself looks at .grad of a graph's inputs, and inductor uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_compiled_model_is_recorded() -> None:
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "wrapped and run before", "block by block"])
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_a_compiled_model_is_recorded_in_one_graph(
+    backend: str, how: str, reentrant: bool | None, dynamo: Any
+) -> None:
+    if backend == "inductor" and how != "wrapped":
+        pytest.skip("slow; how a model is compiled does not depend on the backend")
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
+
+    graphs = []
+
+    def train_on(model: nn.Module, run: Any, found: Recorder) -> None:
+        for _ in range(4):
+            run(x).square().sum().backward()
+            found.step()
+            graphs.append(dynamo["stats"]["unique_graphs"])
+
+    plain = Checkpointed(None).train()
+    with Recorder(plain, every=2) as want:
+        train_on(plain, plain, want)
+
+    model = Checkpointed(reentrant).train()
+    run: Any = model
+    if how == "in place":
+        model.compile(backend=backend)
+    elif how == "block by block":
+        model.block.compile(backend=backend)
+    else:
+        run = torch.compile(model, backend=backend)
+    if how == "wrapped and run before":
+        run(x)
+        dynamo.clear()
+    with Recorder(run, every=2) as found:
+        train_on(model, run, found)
+    assert not dynamo["graph_break"]
+    assert graphs[-4] > 0
+    assert len(set(graphs[-4:])) == 1  # the second step, which records, compiles nothing anew
+    assert_frame_equal(found.frame(), want.frame(), rel_tol=1e-4)
+    assert set(found.frame().filter(operand="input")["tokens"]) == {10}
+
+
+def test_a_compiled_model_is_recorded_anew(dynamo: Any) -> None:
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
+    model = Checkpointed(None).train()
+    run = torch.compile(model, backend="eager")
     frames = []
-    for compiled in (True, False):
-        model = Checkpointed(None).train()
-        run = torch.compile(model, backend="eager") if compiled else model
-        with Recorder(model, every=2) as found:
-            for _ in range(4):
-                run(x)
+    for _ in range(2):
+        with Recorder(model) as found:
+            run(x)
+            found.step()
+        frames.append(found.frame())
+        run(x)
+    assert frames[0].filter(operand="input").height == 3
+    assert frames[0].equals(frames[1])
+    gone = weakref.ref(found)
+    del found
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_compiled_llama_shares_inputs_and_evaluates_unseen(
+    model: LlamaForCausalLM, dynamo: Any
+) -> None:
+    twin = copy.deepcopy(model)
+    data = batches(2)
+    frames = []
+    for one, run in ((model, torch.compile(model, backend="aot_eager")), (twin, twin)):
+        with Recorder(one, formats=("int4-g32",)) as found:
+            for ids in data:
+                one.eval()
+                run(input_ids=ids, use_cache=False)
+                one.train()
+                run(input_ids=ids, use_cache=False).logits.square().mean().backward()
                 found.step()
         frames.append(found.frame())
-    assert set(frames[0].filter(operand="input")["tokens"]) == {10}
-    assert frames[0].equals(frames[1])
+    assert not dynamo["graph_break"]
+    assert_frame_equal(frames[0], frames[1], rel_tol=1e-4, abs_tol=1e-6)
+    assert set(frames[0].filter(operand="input")["tokens"]) == {24}
 
 
 def test_gradient_accumulation_counts_every_micro_batch(model: LlamaForCausalLM) -> None:
