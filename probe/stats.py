@@ -16,7 +16,8 @@ the largest |x| are kept one by one, so that leaving them out subtracts nothing 
 tokens it is the top 1,024. Ties go to the token seen first.
 
 Errors. Squared quantization error over squared norm, squares in float32 (so |x| between 1e-15 and
-1e15), sums in float64. Formats with one scale per tensor take it from each chunk.
+1e15), sums in float64. Formats with one scale per tensor take it from each chunk. Each kept token
+keeps its squared errors, so that the share of the top 1 % of the tokens is known at the end.
 """
 
 import math
@@ -28,9 +29,9 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format, Operand
-from bitplan.probe.histogram import add_to_histogram, empty_histogram, read_histogram
-from bitplan.probe.moments import moments_of, pool, row_moments, shape_of
-from bitplan.quantize import quantize_dequantize
+from bitplan.probe.histogram import empty_histogram, read_histogram
+from bitplan.probe.moments import moments_of, pool, shape_of
+from bitplan.probe.onepass import one_pass
 
 TOP = 8
 TOP_TOKENS = 1024
@@ -38,8 +39,6 @@ TOP_SHARE = 0.01
 OUTLIER_SIGMAS = 6.0
 QUANTILES = {"abs_p50": 0.5, "abs_p99": 0.99, "abs_p999": 0.999}
 
-_CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
-_GPU_BLOCK = 1 << 26
 _SCALARS = (
     "count",
     "mean",
@@ -57,9 +56,10 @@ _SCALARS = (
     "inf_count",
 )
 _COUNTS = ("count", "nan_count", "inf_count")
-# Columns of a row that is kept: five of moments.py, its place, and its largest |x|.
+# Columns of a row that is kept: five of moments.py, its place, its largest |x|, and its squared
+# error in each format.
 _N, _MEAN = 0, 1
-_FIRST, _SEQUENCE, _ABSMAX = 5, 6, 8
+_FIRST, _SEQUENCE, _ABSMAX, _ERRORS = 5, 6, 8, 9
 
 
 class TensorStats:
@@ -88,13 +88,14 @@ class TensorStats:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
-        self._top = zeros(0, 9)  # the tokens kept, by falling |x|
+        self._top = zeros(0, _ERRORS + len(self.formats))  # the tokens kept, by falling |x|
         self._histogram = empty_histogram(self.device)
         self._absmax = zeros(in_features, dtype=torch.float32)
         self._squares = zeros(in_features)
         self._counts = zeros(in_features)
         self._nonfinite = zeros(2)  # NaN, infinite
         self._errors = zeros(len(self.formats))
+        self._first_errors = zeros(len(self.formats))  # of first tokens
 
     @property
     def channel_absmax(self) -> Tensor:
@@ -120,23 +121,15 @@ class TensorStats:
         if rows.shape[0] == 0:
             return
         where = self._places(x, rows.shape[0], positions, sequences)
-        size = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // self.in_features)
-        tensor_wide = [fmt.granularity == "tensor" or fmt.kind == "nvfp4" for fmt in self.formats]
-        moments = []
-        for block in torch.split(rows, size):
-            clean, valid = self._clean(block.float())
-            moments.append(row_moments(clean, valid))
-            self._add_channels(clean, valid)
-            for i, fmt in enumerate(self.formats):
-                if not tensor_wide[i]:
-                    self._errors[i] += _squared_error(clean, fmt)
-        for i, fmt in enumerate(self.formats):
-            if tensor_wide[i]:
-                whole = rows.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-                self._errors[i] += _squared_error(whole, fmt)
+        found = one_pass(rows, self.formats, self._histogram)
         self.rows += rows.shape[0]
-        found, absmax = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        self._add_rows(torch.cat([found, where, absmax[:, None]], dim=1))
+        torch.maximum(self._absmax, found.channel_absmax, out=self._absmax)
+        self._squares += found.channel_squares
+        self._counts += found.channel_counts
+        self._nonfinite += found.nonfinite
+        self._errors += found.errors.sum(0)
+        self._first_errors += (found.errors * where[:, :1]).sum(0)
+        self._add_rows(torch.cat([found.moments, where, found.absmax[:, None], found.errors], 1))
 
     def merge(self, other: "TensorStats") -> None:
         """Take in what `other` has seen, as if its chunks had come after those seen here."""
@@ -152,7 +145,7 @@ class TensorStats:
         self._add_rows(top)
         self._histogram += other._histogram.to(self.device)
         self._absmax = torch.maximum(self._absmax, other._absmax.to(self.device))
-        for name in ("_squares", "_counts", "_nonfinite", "_errors"):
+        for name in ("_squares", "_counts", "_nonfinite", "_errors", "_first_errors"):
             setattr(self, name, getattr(self, name) + getattr(other, name).to(self.device))
         self.rows += other.rows
         self.sequences += other.sequences
@@ -202,11 +195,13 @@ class TensorStats:
         }
         rms, channel = self.channel_rms.sort(descending=True, stable=True)
         channels = torch.stack([channel.double(), self._absmax[channel].double(), rms], dim=1)
-        tokens = self._top[:, _SEQUENCE:]
+        tokens = self._top[:, _SEQUENCE:_ERRORS]
         vector = torch.cat(
             [
                 torch.stack([scalars[name] for name in _SCALARS]),
                 self._errors / self._squares.sum(),
+                self._top[:excluded, _ERRORS:].sum(0) / self._errors,
+                self._first_errors / self._errors,
                 channels[:TOP].flatten(),
                 tokens[:TOP].flatten(),
             ]
@@ -241,27 +236,8 @@ class TensorStats:
         sequence = unknown if sequences is None else sequences.reshape(-1).to(self.device)
         return torch.stack([position == 0, sequence, position], dim=1).double()
 
-    def _clean(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return `x` with zeros for NaN and infinities, and which elements are finite.
-
-        On a CPU, where looking costs no wait, None stands for all of them.
-        """
-        if x.device.type == "cpu" and bool(torch.isfinite(x.sum(-1)).all()):
-            return x, None
-        valid = torch.isfinite(x)
-        self._nonfinite += torch.stack([x.isnan().sum(), x.isinf().sum()])
-        return torch.where(valid, x, 0), valid
-
-    def _add_channels(self, x: Tensor, valid: Tensor | None) -> None:
-        """Add a block to the channels' extremes and squares, and to the histogram."""
-        magnitude = x.abs()
-        torch.maximum(self._absmax, magnitude.amax(0), out=self._absmax)
-        self._squares += (x * x).sum(0)
-        self._counts += x.shape[0] if valid is None else valid.sum(0)
-        add_to_histogram(self._histogram, x, magnitude)
-
     def _add_rows(self, rows: Tensor) -> None:
-        """Pool rows [rows, 9], or keep them one by one while they are among the top tokens."""
+        """Pool rows [rows, 9 + formats]; those among the top tokens are kept one by one."""
         if self.operand == "input":
             rows = torch.cat([self._top, rows])
             rows = rows[rows[:, _ABSMAX].sort(descending=True, stable=True).indices]
@@ -295,7 +271,7 @@ class Summary:
         row["max_over_rms"] = _ratio(row["absmax"], row.pop("rms"))
         if self.tokens is None:
             row["kurtosis_without_first_token"] = row["kurtosis_without_top_tokens"] = None
-        start = len(_SCALARS) + len(self.formats)
+        start = len(_SCALARS) + 3 * len(self.formats)
         end = start + 3 * self.channels
         row["top_channels"] = [
             {"channel": int(channel), "absmax": absmax, "rms": rms}
@@ -314,14 +290,20 @@ class Summary:
         return dict(zip(self.formats, values, strict=True))
 
     def error_rows(self) -> list[dict[str, Any]]:
-        """Return the columns `format`, `relative_error` and `sqnr_db` of tables.ERRORS."""
+        """Return the columns of tables.ERRORS that are of the tensor alone."""
+        start, count = len(_SCALARS), len(self.formats)
+        top, first = self.vector[start + count : start + 3 * count].view(2, count).tolist()
         return [
             {
                 "format": name,
                 "relative_error": _finite(error),
                 "sqnr_db": -10 * math.log10(error) if error > 0 else None,
+                "top_tokens_error_share": None if self.tokens is None else _finite(top_share),
+                "first_tokens_error_share": None if self.tokens is None else _finite(first_share),
             }
-            for name, error in self.errors().items()
+            for (name, error), top_share, first_share in zip(
+                self.errors().items(), top, first, strict=True
+            )
         ]
 
 
@@ -353,13 +335,6 @@ def tensor_stats(tensor: Tensor, formats: Iterable[Format] = ()) -> dict[str, An
     found.update(tensor)
     summary = found.summary()
     return summary.row() | summary.errors()
-
-
-def _squared_error(x: Tensor, fmt: Format) -> Tensor:
-    """Return the summed squared quantization error of `x`, float64."""
-    if not fmt.is_quantized:
-        return x.new_zeros((), dtype=torch.float64)
-    return (quantize_dequantize(x, fmt) - x).square_().sum(-1).sum(dtype=torch.float64)
 
 
 def _triples(values: Sequence[float]) -> Iterable[tuple[float, float, float]]:
