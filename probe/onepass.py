@@ -1,14 +1,14 @@
 """One pass over a tensor: everything the streaming statistics need, per row and per channel.
 
-`one_pass` is the contract. Rows carry their moments, their largest |x| and their squared
-quantization error in each format, so that tokens can be kept, left out or weighed afterwards;
-channels carry their extremes and squares; the histogram (histogram.py) is added to in place. Values
-that are not finite are counted and read as zeros.
+`one_pass` is the contract. Rows come back with their moments, their largest |x| and their squared
+quantization error in each format, so that tokens can be kept, left out or weighed afterwards. What
+is summed over the rows (channels, histogram, counts) is added to `Totals` in place. Values that are
+not finite are counted and read as zeros.
 
-It is fulfilled by compiled code where there is some for the tensor's device, dtype and formats
-(onepass_cpu.py, onepass_gpu.py), in one read of the tensor. Formats that this code does not measure
-cost a second read, in torch operations. `eager` does all of it in torch operations: the oracle of
-the tests, and what runs where nothing compiled does.
+Compiled code fulfills it, in one read, where there is some for the tensor (onepass_cpu.py,
+onepass_gpu.py); formats that this code does not measure cost a second read, in torch operations.
+`eager` does all of it in torch operations: the oracle of the tests, and what runs where nothing
+compiled does.
 """
 
 from collections.abc import Sequence
@@ -19,57 +19,68 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.probe import onepass_cpu
-from bitplan.probe.histogram import add_to_histogram
+from bitplan.probe import onepass_cpu, onepass_gpu
+from bitplan.probe.histogram import add_to_histogram, empty_histogram
 from bitplan.probe.moments import row_moments
 from bitplan.quantize import quantize_dequantize
 
 _CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
 _GPU_BLOCK = 1 << 26
-_COMPILED = (onepass_cpu,)
+_COMPILED = (onepass_cpu, onepass_gpu)
 
 
-class OnePass(NamedTuple):
-    """What one pass found; float64 but for `channel_absmax`, which is float32.
+class Totals(NamedTuple):
+    """What passes add up: [in_features] each, but for the histogram and `nonfinite`, [2].
 
-    moments: [rows, 5], as moments.row_moments. absmax: [rows]. errors: squared quantization error,
-    [rows, formats]. channel_absmax, channel_squares, channel_counts (finite elements):
-    [in_features]. nonfinite: numbers of NaN and of infinities, [2].
+    Float64 but for `absmax`, float32. counts: finite elements. nonfinite: NaN, infinite.
+    """
+
+    histogram: Tensor
+    absmax: Tensor
+    squares: Tensor
+    counts: Tensor
+    nonfinite: Tensor
+
+
+class Rows(NamedTuple):
+    """What a pass found in each row, float64: moments [rows, 5] as moments.row_moments, absmax
+    [rows], and squared quantization errors [rows, formats].
     """
 
     moments: Tensor
     absmax: Tensor
     errors: Tensor
-    channel_absmax: Tensor
-    channel_squares: Tensor
-    channel_counts: Tensor
-    nonfinite: Tensor
 
 
-def one_pass(x: Tensor, formats: Sequence[Format], histogram: Tensor) -> OnePass:
-    """Read `x` [rows, in_features], at least one element, and add it to `histogram`.
+def empty_totals(in_features: int, device: torch.device) -> Totals:
+    """Return the totals of nothing."""
+    floats = torch.zeros(3 * in_features + 2, dtype=torch.float64, device=device)
+    sizes = [in_features, in_features, 2, in_features]
+    squares, counts, nonfinite, spare = torch.split(floats, sizes)
+    absmax = spare.view(torch.float32)[:in_features]
+    return Totals(empty_histogram(device), absmax, squares, counts, nonfinite)
+
+
+def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Rows:
+    """Read `x` [rows, in_features], at least one element, and add it to `totals`.
 
     On a GPU the host does not wait. Formats with one scale per tensor take it from this `x`.
     """
     compiled = next((module for module in _COMPILED if module.available(x)), None)
     if compiled is None:
-        return eager(x, formats, histogram)
-    fused = [compiled.fuses(fmt) for fmt in formats]
-    found = OnePass(*compiled.one_pass(x, list(compress(formats, fused)), histogram))
+        return eager(x, formats, totals)
+    fused = [compiled.fuses(fmt, x) for fmt in formats]
+    rows = Rows(*compiled.one_pass(x, list(compress(formats, fused)), *totals))
     if all(fused):
-        return found
-    columns = iter(found.errors.unbind(1))
+        return rows
+    columns = iter(rows.errors.unbind(1))
     others = iter(eager_errors(x, list(compress(formats, (not done for done in fused)))).unbind(1))
-    return found._replace(errors=torch.stack([next(columns if f else others) for f in fused], 1))
+    return rows._replace(errors=torch.stack([next(columns if f else others) for f in fused], 1))
 
 
-def eager(x: Tensor, formats: Sequence[Format], histogram: Tensor) -> OnePass:
+def eager(x: Tensor, formats: Sequence[Format], totals: Totals) -> Rows:
     """Do what `one_pass` says in torch operations."""
-    width = x.shape[1]
-    squares, counts, nonfinite = (
-        torch.zeros(size, dtype=torch.float64, device=x.device) for size in (width, width, 2)
-    )
-    absmax = torch.zeros(width, device=x.device)
+    histogram, absmax, squares, counts, nonfinite = totals
     found = []
     for block in _blocks(x):
         clean, valid = block.float(), None
@@ -85,24 +96,26 @@ def eager(x: Tensor, formats: Sequence[Format], histogram: Tensor) -> OnePass:
         counts += clean.shape[0] if valid is None else valid.sum(0)
         add_to_histogram(histogram, clean, magnitude)
     moments, row_absmax = (torch.cat(parts) for parts in zip(*found, strict=True))
-    errors = eager_errors(x, formats)
-    return OnePass(moments, row_absmax, errors, absmax, squares, counts, nonfinite)
+    return Rows(moments, row_absmax, eager_errors(x, formats))
 
 
 def eager_errors(x: Tensor, formats: Sequence[Format]) -> Tensor:
     """Return the squared quantization errors of the rows, [rows, formats], in torch operations."""
     errors = torch.zeros(x.shape[0], len(formats), dtype=torch.float64, device=x.device)
-    tensor_wide = [fmt.granularity == "tensor" or fmt.kind == "nvfp4" for fmt in formats]
-    for parts, wanted in ((_blocks(x), False), ((x,), True)):
-        chosen = [i for i, fmt in enumerate(formats) if fmt.is_quantized and tensor_wide[i] is wanted]
-        start = 0
-        for part in parts if chosen else ():
-            clean = part.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            end = start + part.shape[0]
+    for blocks, tensor_wide in ((_blocks(x), False), ((x,), True)):
+        chosen = [
+            i
+            for i, fmt in enumerate(formats)
+            if fmt.is_quantized
+            and (fmt.granularity == "tensor" or fmt.kind == "nvfp4") is tensor_wide
+        ]
+        end = 0
+        for block in blocks if chosen else ():
+            clean = block.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            start, end = end, end + block.shape[0]
             for i in chosen:
                 difference = quantize_dequantize(clean, formats[i]) - clean
                 errors[start:end, i] = difference.square_().sum(-1)
-            start = end
     return errors
 
 

@@ -63,7 +63,7 @@ class _Task(ctypes.Structure):
     ]
 
 
-def fuses(fmt: Format) -> bool:
+def fuses(fmt: Format, x: Tensor) -> bool:
     """Whether the pass measures this format: integers with scales inside a row."""
     return fmt.kind == "int" and fmt.granularity != "tensor"
 
@@ -73,41 +73,50 @@ def available(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and _library() is not None
 
 
-def one_pass(x: Tensor, formats: Sequence[Format], histogram: Tensor) -> tuple[Tensor, ...]:
-    """Return the fields of onepass.OnePass for formats that it `fuses`; as onepass.one_pass."""
+def one_pass(
+    x: Tensor,
+    formats: Sequence[Format],
+    histogram: Tensor,
+    absmax: Tensor,
+    squares: Tensor,
+    counts: Tensor,
+    nonfinite: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the fields of onepass.Rows for formats that it `fuses`, and add to the totals."""
     x = x.contiguous()
     rows, width = x.shape
-    count = max(1, min(torch.get_num_threads(), x.numel() // _THREAD_ELEMENTS, rows))
-    float64 = torch.float64
-    moments = torch.zeros(rows, 5, dtype=float64)
-    absmax = torch.zeros(rows, dtype=float64)
-    errors = torch.zeros(rows, len(formats), dtype=float64)
-    extremes = torch.zeros(count, width)
-    squares, bad = torch.zeros(2, count, width, dtype=float64)
-    nonfinite = torch.zeros(count, 2, dtype=float64)
-    histograms = torch.zeros(count - 1, histogram.numel(), dtype=torch.int32)
+    threads = max(1, min(torch.get_num_threads(), x.numel() // _THREAD_ELEMENTS, rows))
+    moments = torch.zeros(rows, 5, dtype=torch.float64)
+    row_absmax = torch.zeros(rows, dtype=torch.float64)
+    errors = torch.zeros(rows, len(formats), dtype=torch.float64)
+    extremes = torch.zeros(threads, width)
+    sums, bad = torch.zeros(2, threads, width, dtype=torch.float64)
+    lost = torch.zeros(threads, 2, dtype=torch.float64)
+    histograms = torch.zeros(threads - 1, histogram.numel(), dtype=torch.int32)
     groups = torch.tensor([fmt.group_size or width for fmt in formats], dtype=torch.int64)
     halves = torch.tensor([2.0 ** (fmt.bits - 1) for fmt in formats])
-    tasks = (_Task * count)()
+    tasks = (_Task * threads)()
     for i, task in enumerate(tasks):
-        task.x = x.data_ptr()
-        task.width, task.formats, task.dtype = width, len(formats), _DTYPES[x.dtype]
-        task.first, task.last = rows * i // count, rows * (i + 1) // count
-        task.group, task.half = groups.data_ptr(), halves.data_ptr()
-        task.moments, task.absmax = moments.data_ptr(), absmax.data_ptr()
-        task.errors = errors.data_ptr()
-        task.channel_absmax, task.channel_squares = extremes[i].data_ptr(), squares[i].data_ptr()
-        task.channel_bad, task.nonfinite = bad[i].data_ptr(), nonfinite[i].data_ptr()
+        task.x, task.width, task.dtype = x.data_ptr(), width, _DTYPES[x.dtype]
+        task.first, task.last = rows * i // threads, rows * (i + 1) // threads
+        task.formats, task.group, task.half = len(formats), groups.data_ptr(), halves.data_ptr()
+        task.moments, task.absmax = moments.data_ptr(), row_absmax.data_ptr()
+        task.errors, task.nonfinite = errors.data_ptr(), lost[i].data_ptr()
+        task.channel_absmax, task.channel_squares = extremes[i].data_ptr(), sums[i].data_ptr()
+        task.channel_bad = bad[i].data_ptr()
         task.histogram = (histograms[i - 1] if i else histogram).data_ptr()
         task.shift, task.lowest, task.bins = bins.SHIFT, bins.LOWEST, bins.BINS
     library = _library()
     assert library is not None, "ask `available` first"
-    if library.bitplan_one_pass(tasks, ctypes.c_int64(count)):
+    if library.bitplan_one_pass(tasks, ctypes.c_int64(threads)):
         raise MemoryError(f"no memory for rows of {width} elements")
     for other in histograms:
         histogram += other
-    channels = extremes.amax(0), squares.sum(0), rows - bad.sum(0)
-    return moments, absmax, errors, *channels, nonfinite.sum(0)
+    torch.maximum(absmax, extremes.amax(0), out=absmax)
+    squares += sums.sum(0)
+    counts += rows - bad.sum(0)
+    nonfinite += lost.sum(0)
+    return moments, row_absmax, errors
 
 
 @cache

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format, Operand
-from bitplan.probe.histogram import empty_histogram, read_histogram
+from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
-from bitplan.probe.onepass import one_pass
+from bitplan.probe.onepass import Totals, empty_totals, one_pass
 
 TOP = 8
 TOP_TOKENS = 1024
@@ -84,28 +84,24 @@ class TensorStats:
         self.rows = 0
         self.sequences = 0
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
         self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
         self._top = zeros(0, _ERRORS + len(self.formats))  # the tokens kept, by falling |x|
-        self._histogram = empty_histogram(self.device)
-        self._absmax = zeros(in_features, dtype=torch.float32)
-        self._squares = zeros(in_features)
-        self._counts = zeros(in_features)
-        self._nonfinite = zeros(2)  # NaN, infinite
+        self._totals = empty_totals(in_features, self.device)
         self._errors = zeros(len(self.formats))
         self._first_errors = zeros(len(self.formats))  # of first tokens
 
     @property
     def channel_absmax(self) -> Tensor:
         """Largest |x| of each input channel, [in_features]."""
-        return self._absmax
+        return self._totals.absmax
 
     @property
     def channel_rms(self) -> Tensor:
         """Root mean square of each input channel, [in_features], float64."""
-        return (self._squares / self._counts.clamp_min(1)).sqrt()
+        return (self._totals.squares / self._totals.counts.clamp_min(1)).sqrt()
 
     @torch.no_grad()
     def update(
@@ -121,12 +117,8 @@ class TensorStats:
         if rows.shape[0] == 0:
             return
         where = self._places(x, rows.shape[0], positions, sequences)
-        found = one_pass(rows, self.formats, self._histogram)
+        found = one_pass(rows, self.formats, self._totals)
         self.rows += rows.shape[0]
-        torch.maximum(self._absmax, found.channel_absmax, out=self._absmax)
-        self._squares += found.channel_squares
-        self._counts += found.channel_counts
-        self._nonfinite += found.nonfinite
         self._errors += found.errors.sum(0)
         self._first_errors += (found.errors * where[:, :1]).sum(0)
         self._add_rows(torch.cat([found.moments, where, found.absmax[:, None], found.errors], 1))
@@ -143,10 +135,13 @@ class TensorStats:
         top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
         self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
         self._add_rows(top)
-        self._histogram += other._histogram.to(self.device)
-        self._absmax = torch.maximum(self._absmax, other._absmax.to(self.device))
-        for name in ("_squares", "_counts", "_nonfinite", "_errors", "_first_errors"):
-            setattr(self, name, getattr(self, name) + getattr(other, name).to(self.device))
+        theirs = Totals(*(total.to(self.device) for total in other._totals))
+        torch.maximum(self._totals.absmax, theirs.absmax, out=self._totals.absmax)
+        for mine, added in zip(self._totals, theirs, strict=True):
+            if mine is not self._totals.absmax:
+                mine += added
+        self._errors += other._errors.to(self.device)
+        self._first_errors += other._first_errors.to(self.device)
         self.rows += other.rows
         self.sequences += other.sequences
 
@@ -168,9 +163,9 @@ class TensorStats:
         others = self._top[:, :5] * (1 - self._top[:, _FIRST, None])
         without_first = pool(torch.cat([self._pooled[:1], others]))
         without_top = pool(torch.cat([self._pooled[:1], others[excluded:]]))
-        absmax = self._absmax.max().double()
+        absmax = self._totals.absmax.max().double()
         quantiles, outliers = read_histogram(
-            self._histogram,
+            self._totals.histogram,
             tuple(QUANTILES.values()),
             total=total[_N],
             mean=total[_MEAN],
@@ -190,16 +185,18 @@ class TensorStats:
             "channel_rms_kurtosis": shape_of(moments_of(self.channel_rms))[2],
             "kurtosis_without_first_token": shape_of(without_first)[2],
             "kurtosis_without_top_tokens": shape_of(without_top)[2],
-            "nan_count": self._nonfinite[0],
-            "inf_count": self._nonfinite[1],
+            "nan_count": self._totals.nonfinite[0],
+            "inf_count": self._totals.nonfinite[1],
         }
         rms, channel = self.channel_rms.sort(descending=True, stable=True)
-        channels = torch.stack([channel.double(), self._absmax[channel].double(), rms], dim=1)
+        channels = torch.stack(
+            [channel.double(), self._totals.absmax[channel].double(), rms], dim=1
+        )
         tokens = self._top[:, _SEQUENCE:_ERRORS]
         vector = torch.cat(
             [
                 torch.stack([scalars[name] for name in _SCALARS]),
-                self._errors / self._squares.sum(),
+                self._errors / self._totals.squares.sum(),
                 self._top[:excluded, _ERRORS:].sum(0) / self._errors,
                 self._first_errors / self._errors,
                 channels[:TOP].flatten(),
