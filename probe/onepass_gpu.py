@@ -31,7 +31,6 @@ _WARPS = 16
 _SHARED_BYTES = 2048 + 4 * (2 << 14) + _WARPS * 32 * 36 * 4  # as onepass.cu lays it out
 _ROWS_PER_WARP = 4  # fewer do not pay for a block's own histogram
 _JOIN_THREADS = 256
-_MAX_FORMATS = 8
 
 _log = logging.getLogger(__name__)
 
@@ -124,27 +123,21 @@ def one_pass(
     """Return the fields of onepass.Rows for formats that it `fuses`, and add to the totals."""
     x = x.contiguous()
     rows, width = x.shape
-    # By rising group size, as the kernel widens one reduction from each to the next.
-    order = sorted(range(len(formats)), key=lambda i: formats[i].group_size or 0)
-    variant = _Variant(
-        dtype=x.dtype,
-        vectors=_vectors(width, 512 // x.element_size()),
-        aligned=width * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0,
-        formats=tuple(formats[i] for i in order),
-    )
-    segments = -(-width // variant.segment)
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    chunks = max(1, min(blocks // segments, rows // (_WARPS * _ROWS_PER_WARP)))
-    record = 6 + len(formats)
+    index, address = x.device.index, x.data_ptr()
+    plan = _plan(x.dtype, width, address % 16 == 0, tuple(formats), index)
+    chunks = max(1, min(plan.chunks, rows // (_WARPS * _ROWS_PER_WARP)))
     row_blocks = -(-4 * rows // _JOIN_THREADS)
-    parts = x.new_empty(rows * segments * record + chunks * width, dtype=torch.float64)
-    absmax_parts = x.new_empty(chunks * width, dtype=torch.float32)
-    found = x.new_empty(rows, record, dtype=torch.float64)
+    record = 6 + len(formats)
+    partial = rows * plan.segments * record
+    # The segments of rows, the chunks of channels' squares, and of their extremes, in float32.
+    parts = torch.empty(partial + 2 * chunks * width, dtype=torch.float64, device=x.device)
+    found = torch.empty(rows, record, dtype=torch.float64, device=x.device)
+    at = parts.data_ptr()
     arguments = _Pass(
-        x.data_ptr(),
-        parts.data_ptr(),
-        parts.data_ptr() + 8 * rows * segments * record,
-        absmax_parts.data_ptr(),
+        address,
+        at,
+        at + 8 * partial,
+        at + 8 * (partial + chunks * width),
         found.data_ptr(),
         histogram.data_ptr(),
         absmax.data_ptr(),
@@ -153,20 +146,56 @@ def one_pass(
         nonfinite.data_ptr(),
         rows,
         width,
-        segments,
+        plan.segments,
         chunks,
         row_blocks,
     )
-    with torch.cuda.device(x.device):
-        read, join = _kernels(variant, x.device.index)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    grid = (row_blocks + -(-width // _JOIN_THREADS), 1)
+    with torch.cuda.device(index):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _launch(read, (segments, chunks), 32 * _WARPS, _SHARED_BYTES, stream, arguments)
-        grid = (row_blocks + -(-width // _JOIN_THREADS), 1)
-        _launch(join, grid, _JOIN_THREADS, 0, stream, arguments)
+        _launch(plan.read, (plan.segments, chunks), 32 * _WARPS, _SHARED_BYTES, stream, pointers)
+        _launch(plan.join, grid, _JOIN_THREADS, 0, stream, pointers)
     errors = found[:, 6:]
-    if order != sorted(order):
-        errors = torch.stack([errors[:, order.index(i)] for i in range(len(order))], 1)
+    if plan.places is not None:
+        errors = torch.stack([errors[:, place] for place in plan.places], 1)
     return found[:, :5], found[:, 5], errors
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How tensors of one width, dtype and format list are read on one device."""
+
+    read: ctypes.c_void_p
+    join: ctypes.c_void_p
+    segments: int
+    chunks: int  # at the most
+    places: tuple[int, ...] | None  # of the formats in the kernel's order, where that differs
+
+
+@cache
+def _plan(
+    dtype: torch.dtype, width: int, aligned: bool, formats: tuple[Format, ...], index: int
+) -> _Plan:
+    # By rising group size, as the kernel widens one reduction from each to the next.
+    order = sorted(range(len(formats)), key=lambda i: formats[i].group_size or 0)
+    variant = _Variant(
+        dtype=dtype,
+        vectors=_vectors(width, 512 // dtype.itemsize),
+        aligned=aligned and width * dtype.itemsize % 16 == 0,
+        formats=tuple(formats[i] for i in order),
+    )
+    read, join = _kernels(variant, index)
+    segments = -(-width // variant.segment)
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count
+    places = tuple(order.index(i) for i in range(len(order)))
+    return _Plan(
+        read=read,
+        join=join,
+        segments=segments,
+        chunks=max(1, blocks // segments),
+        places=places if places != tuple(sorted(places)) else None,
+    )
 
 
 def _vectors(width: int, step: int) -> int:
@@ -219,12 +248,14 @@ def _nvrtc() -> ctypes.CDLL:
 
 @cache
 def _kernels(variant: _Variant, index: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    """Compile a variant for the current device, and return its two functions."""
+    """Compile a variant for a device, and return its two functions."""
     driver = _driver()
     module = ctypes.c_void_p()
     major, minor = torch.cuda.get_device_capability(index)
-    _check(driver.cuModuleLoadData(ctypes.byref(module), _cubin(variant, f"sm_{major}{minor}")))
+    cubin = _cubin(variant, f"sm_{major}{minor}")
     found = []
+    with torch.cuda.device(index):
+        _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
     for name in (b"read_tensor", b"join_parts"):
         function = ctypes.c_void_p()
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name))
@@ -262,13 +293,13 @@ def _launch(
     threads: int,
     shared_bytes: int,
     stream: ctypes.c_void_p,
-    arguments: _Pass,
+    pointers: "ctypes.Array[ctypes.c_void_p]",
 ) -> None:
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    result = _driver().cuLaunchKernel(
-        function, *grid, 1, threads, 1, 1, shared_bytes, stream, pointers, None
+    _check(
+        _driver().cuLaunchKernel(
+            function, *grid, 1, threads, 1, 1, shared_bytes, stream, pointers, None
+        )
     )
-    _check(result)
 
 
 def _check(result: int) -> None:

@@ -31,12 +31,13 @@ from torch import Tensor
 from bitplan.formats import Format, Operand
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
-from bitplan.probe.onepass import Totals, empty_totals, one_pass
+from bitplan.probe.onepass import Rows, Totals, empty_totals, one_pass
 
 TOP = 8
 TOP_TOKENS = 1024
 TOP_SHARE = 0.01
 OUTLIER_SIGMAS = 6.0
+_PENDING_ROWS = 1 << 14
 QUANTILES = {"abs_p50": 0.5, "abs_p99": 0.99, "abs_p999": 0.999}
 
 _SCALARS = (
@@ -60,6 +61,35 @@ _COUNTS = ("count", "nan_count", "inf_count")
 # error in each format.
 _N, _MEAN = 0, 1
 _FIRST, _SEQUENCE, _ABSMAX, _ERRORS = 5, 6, 8, 9
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that a pass found, and what tells their places: sequences of one length, or numbers."""
+
+    found: Rows
+    length: int | None = None
+    start: int = 0  # number of the first sequence
+    positions: Tensor | None = None
+    sequences: Tensor | None = None
+
+    def after(self, sequences: int) -> "_Rows":
+        """Return the same rows, seen after so many sequences."""
+        return replace(self, start=self.start + sequences)
+
+    def table(self, device: torch.device) -> Tensor:
+        """Return the rows with the columns of a row that is kept, [rows, 9 + formats]."""
+        moments, absmax, errors = (part.to(device) for part in self.found)
+        if self.length is not None:
+            order = torch.arange(len(absmax), device=device)
+            position, sequence = order % self.length, order // self.length + self.start
+        else:
+            unknown = torch.full((len(absmax),), -1, device=device)
+            position = unknown if self.positions is None else self.positions.flatten().to(device)
+            sequence = unknown if self.sequences is None else self.sequences.flatten().to(device)
+            sequence = sequence + self.start * (sequence >= 0)
+        where = torch.stack([position == 0, sequence, position], dim=1).double()
+        return torch.cat([moments, where, absmax[:, None], errors], dim=1)
 
 
 class TensorStats:
@@ -87,11 +117,13 @@ class TensorStats:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
+        self._totals = empty_totals(in_features, self.device)
+        self._pending: list[_Rows] = []  # seen, and in nothing of what follows: see _settle
+        self._settled = False
         self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
         self._top = zeros(0, _ERRORS + len(self.formats))  # the tokens kept, by falling |x|
-        self._totals = empty_totals(in_features, self.device)
-        self._errors = zeros(len(self.formats))
-        self._first_errors = zeros(len(self.formats))  # of first tokens
+        # Squared error by format: of all tokens, of first ones.
+        self._errors, self._first_errors = zeros(2, len(self.formats))
 
     @property
     def channel_absmax(self) -> Tensor:
@@ -116,12 +148,16 @@ class TensorStats:
         rows = x.detach().reshape(-1, self.in_features)
         if rows.shape[0] == 0:
             return
-        where = self._places(x, rows.shape[0], positions, sequences)
         found = one_pass(rows, self.formats, self._totals)
+        if positions is None and self.operand == "input" and x.dim() == 3:
+            pending = _Rows(found, length=x.shape[1], start=self.sequences)
+            self.sequences += x.shape[0]
+        else:
+            pending = _Rows(found, positions=positions, sequences=sequences)
+        self._pending.append(pending)
         self.rows += rows.shape[0]
-        self._errors += found.errors.sum(0)
-        self._first_errors += (found.errors * where[:, :1]).sum(0)
-        self._add_rows(torch.cat([found.moments, where, found.absmax[:, None], found.errors], 1))
+        if sum(len(pending.found.absmax) for pending in self._pending) > _PENDING_ROWS:
+            self._settle()
 
     def merge(self, other: "TensorStats") -> None:
         """Take in what `other` has seen, as if its chunks had come after those seen here."""
@@ -131,17 +167,20 @@ class TensorStats:
             self.formats,
         ):
             raise ValueError("only statistics of one shape, operand and formats merge")
-        top = other._top.to(self.device, copy=True)
-        top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
-        self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
-        self._add_rows(top)
+        if other._settled:
+            self._settle()
+            top = other._top.to(self.device, copy=True)
+            top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
+            self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
+            self._add_rows(top)
+            self._errors += other._errors.to(self.device)
+            self._first_errors += other._first_errors.to(self.device)
+        self._pending += [rows.after(self.sequences) for rows in other._pending]
         theirs = Totals(*(total.to(self.device) for total in other._totals))
         torch.maximum(self._totals.absmax, theirs.absmax, out=self._totals.absmax)
         for mine, added in zip(self._totals, theirs, strict=True):
             if mine is not self._totals.absmax:
                 mine += added
-        self._errors += other._errors.to(self.device)
-        self._first_errors += other._first_errors.to(self.device)
         self.rows += other.rows
         self.sequences += other.sequences
 
@@ -157,6 +196,7 @@ class TensorStats:
     @torch.no_grad()
     def summary(self) -> "Summary":
         """Reduce all of it to one vector on the device; the host does not wait."""
+        self._settle()
         total = pool(torch.cat([self._pooled, self._top[:, :5]]))
         std, skewness, kurtosis = shape_of(total)
         excluded = min(math.ceil(TOP_SHARE * self.rows), TOP_TOKENS)
@@ -218,20 +258,22 @@ class TensorStats:
         """Return squared quantization error over squared norm by format name; NaN for zeros."""
         return self.summary().errors()
 
-    def _places(
-        self, x: Tensor, rows: int, positions: Tensor | None, sequences: Tensor | None
-    ) -> Tensor:
-        """Say which rows are first tokens, with sequence and position: [rows, 3]."""
-        if positions is None and self.operand == "input" and x.dim() == 3:
-            batch, length = x.shape[:2]
-            order = torch.arange(rows, device=self.device)
-            positions = order % length
-            sequences = order // length + self.sequences
-            self.sequences += batch
-        unknown = torch.full((rows,), -1, device=self.device)
-        position = unknown if positions is None else positions.reshape(-1).to(self.device)
-        sequence = unknown if sequences is None else sequences.reshape(-1).to(self.device)
-        return torch.stack([position == 0, sequence, position], dim=1).double()
+    def _settle(self) -> None:
+        """Take in the rows that are pending.
+
+        It costs some fifty small operations, which a GPU is spared until there is something to
+        settle them for: rows wait, in the order seen, until a summary or until they are many.
+        """
+        if not self._pending:
+            return
+        self._settled = True
+        rows = torch.cat([pending.table(self.device) for pending in self._pending])
+        self._pending = []
+        errors = rows[:, _ERRORS:]
+        # Not in place: what was gathered in inference mode may be settled outside of it.
+        self._errors = self._errors + errors.sum(0)
+        self._first_errors = self._first_errors + (errors * rows[:, _FIRST, None]).sum(0)
+        self._add_rows(rows)
 
     def _add_rows(self, rows: Tensor) -> None:
         """Pool rows [rows, 9 + formats]; those among the top tokens are kept one by one."""
