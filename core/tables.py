@@ -122,6 +122,18 @@ ERRORS = Table(
         _c("format", pl.String, "", "number format, e.g. int4-g128"),
         _c("relative_error", pl.Float64, "", "squared quantization error over squared norm"),
         _c("sqnr_db", pl.Float64, "dB", "-10 log10(relative_error); null where it is 0"),
+        _c(
+            "top_tokens_error_share",
+            pl.Float64,
+            "share",
+            "inputs: share of the squared error in the 1 % of tokens with the largest |x|",
+        ),
+        _c(
+            "first_tokens_error_share",
+            pl.Float64,
+            "share",
+            "inputs: share of the squared error in the first tokens of sequences",
+        ),
     ),
 )
 

@@ -20,6 +20,7 @@ from bitplan.formats import Operand
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
 from bitplan.probe.stats import (
+    _ERRORS,
     _FIRST,
     _MEAN,
     _N,
@@ -43,9 +44,9 @@ class Batch:
 
     pooled: [sites, 2, 5]. top: [inputs, tokens, ...], rows of zeros behind those that are kept.
     histogram: [sites, bins], int32. absmax (float32), squares, counts: those of all channels of
-    all sites in a row. sums: NaN, infinities, then errors, [sites, 2 + formats]. extras: numerator
-    and denominator of each of EXTRAS, [sites, extras, 2]. numbers: rows, sequences, and whether
-    anything was seen, [sites, 3].
+    all sites in a row. nonfinite: NaN, infinities, [sites, 2]. errors: squared errors of all tokens
+    and of first ones, [sites, 2, formats]. extras: numerator and denominator of each of EXTRAS,
+    [sites, extras, 2]. numbers: rows, sequences, and whether anything was seen, [sites, 3].
     """
 
     widths: list[int]
@@ -55,7 +56,8 @@ class Batch:
     absmax: Tensor
     squares: Tensor
     counts: Tensor
-    sums: Tensor
+    nonfinite: Tensor
+    errors: Tensor
     extras: Tensor
     numbers: Tensor
 
@@ -86,10 +88,11 @@ class Batch:
             "channel_rms_kurtosis": kurtosis_of_rms,
             "kurtosis_without_first_token": kurtosis[:, 1],
             "kurtosis_without_top_tokens": kurtosis[:, 2],
-            "nan_count": self.sums[:, 0],
-            "inf_count": self.sums[:, 1],
+            "nan_count": self.nonfinite[:, 0],
+            "inf_count": self.nonfinite[:, 1],
         }
-        tokens = self.top[:, :TOP, _SEQUENCE : _SEQUENCE + 3].flatten(1)
+        tokens = self.top[:, :TOP, _SEQUENCE:_ERRORS].flatten(1)
+        errors, first_errors = self.errors.unbind(1)
         return torch.cat(
             [
                 self.numbers,
@@ -97,7 +100,9 @@ class Batch:
                 channels,
                 _more_rows(tokens, len(rows)),
                 torch.stack([scalars[name] for name in _SCALARS], dim=1),
-                self.sums[:, 2:] / squares[:, None],
+                errors / squares[:, None],
+                self._top_errors(rows) / errors,
+                first_errors / errors,
             ],
             dim=1,
         )
@@ -106,14 +111,24 @@ class Batch:
         """Return the moments of everything, without first tokens, and without the top tokens."""
         kept = self.top[..., :5]
         others = kept * (1 - self.top[..., _FIRST, None])
-        excluded = (TOP_SHARE * rows[: len(kept)]).ceil().clamp_max(TOP_TOKENS)
-        index = torch.arange(kept.shape[1], device=kept.device)
-        lower = others * (index >= excluded[:, None])[..., None]
+        lower = others * ~self._excluded(rows)
         tokens = _more_rows(pool(torch.stack([kept, others, lower], dim=1)), len(rows))
         first = self.pooled[:, 1]
         first = torch.stack([first, torch.zeros_like(first), torch.zeros_like(first)], dim=1)
         rest = self.pooled[:, :1].expand_as(first)
         return pool(torch.stack([rest, first, tokens], dim=2))
+
+    def _top_errors(self, rows: Tensor) -> Tensor:
+        """Return the squared errors of the top 1 % of the tokens, [sites, formats]."""
+        found = (self.top[..., _ERRORS:] * self._excluded(rows)).sum(1)
+        found = F.pad(found, (0, self.errors.shape[-1] - found.shape[-1]))
+        return _more_rows(found, len(rows))
+
+    def _excluded(self, rows: Tensor) -> Tensor:
+        """Return which of the tokens kept are the top 1 %, [inputs, tokens, 1]."""
+        count = (TOP_SHARE * rows[: len(self.top)]).ceil().clamp_max(TOP_TOKENS)
+        index = torch.arange(self.top.shape[1], device=self.top.device)
+        return (index < count[:, None])[..., None]
 
     def _channels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return absmax, kurtosis of the channel rms, summed squares, and the top channels."""
@@ -155,24 +170,83 @@ def stack(
     seen: which of them were given a tensor, if an empty one. tokens: how many an input keeps; by
     default as many as the most that one of them has.
     """
+    settle(stats)
     inputs = [s for s in stats if s.operand == "input"]
     kept = tokens or max([TOP, *(len(s._top) for s in inputs)])
     tops = [_more_rows(s._top, kept) for s in inputs]
     formats = max(len(s.formats) for s in stats)
-    errors = [F.pad(s._errors, (0, formats - len(s.formats))) for s in stats]
+    errors = [
+        F.pad(part, (0, formats - len(s.formats)))
+        for s in stats
+        for part in (s._errors, s._first_errors)
+    ]
     numbers = [[s.rows, s.sequences, flag] for s, flag in zip(stats, seen, strict=True)]
     return Batch(
         widths=[s.in_features for s in stats],
         pooled=torch.stack([s._pooled for s in stats]),
-        top=torch.stack(tops) if tops else stats[0]._top.new_zeros(0, kept, 9),
-        histogram=torch.stack([s._histogram for s in stats]),
-        absmax=torch.cat([s._absmax for s in stats]),
-        squares=torch.cat([s._squares for s in stats]),
-        counts=torch.cat([s._counts for s in stats]),
-        sums=torch.cat([torch.stack([s._nonfinite for s in stats]), torch.stack(errors)], dim=1),
+        top=torch.stack(tops) if tops else stats[0]._top.new_zeros(0, kept, _ERRORS),
+        histogram=torch.stack([s._totals.histogram for s in stats]),
+        absmax=torch.cat([s._totals.absmax for s in stats]),
+        squares=torch.cat([s._totals.squares for s in stats]),
+        counts=torch.cat([s._totals.counts for s in stats]),
+        nonfinite=torch.stack([s._totals.nonfinite for s in stats]),
+        errors=torch.stack(errors).view(len(stats), 2, formats),
         extras=extras,
         numbers=torch.tensor(numbers, dtype=torch.float64).to(stats[0].device, non_blocking=True),
     )
+
+
+def settle(stats: Sequence[TensorStats]) -> None:
+    """Do for many what TensorStats does one by one: take in the rows that are pending.
+
+    Inputs of the same sequences, and weights with as many rows, are settled together.
+    """
+    groups: dict[tuple[object, ...], dict[int, TensorStats]] = {}
+    for s in stats:
+        layout = tuple((len(p.found.absmax), p.length, p.start) for p in s._pending)
+        numbered = any(p.positions is not None or p.sequences is not None for p in s._pending)
+        if s._settled or numbered:
+            s._settle()
+        elif layout:
+            groups.setdefault((s.operand, len(s.formats), layout), {})[id(s)] = s
+    for group in groups.values():
+        _settle_together(list(group.values()))
+
+
+def _settle_together(stats: list[TensorStats]) -> None:
+    """Settle statistics whose pending rows are in the same places and that have settled none."""
+    where = torch.cat([pending.places(stats[0].device) for pending in stats[0]._pending])
+    moments, absmax, errors = (
+        torch.cat([part for s in stats for part in (getattr(p.found, name) for p in s._pending)])
+        for name in ("moments", "absmax", "errors")
+    )
+    moments = moments.view(len(stats), len(where), 5)
+    absmax = absmax.view(len(stats), len(where))
+    errors = errors.view(len(stats), len(where), -1)
+    first = where[:, 0, None]
+    top = moments.new_zeros(len(stats), 0, _ERRORS + errors.shape[-1])
+    rest = moments
+    if stats[0].operand == "input":
+        index = _top_index(absmax)
+        parts = (moments, absmax[..., None], errors)
+        kept = [part.gather(1, index[..., None].expand(-1, -1, part.shape[-1])) for part in parts]
+        top = torch.cat([kept[0], where[index], *kept[1:]], dim=-1)
+        rest = moments * torch.ones_like(absmax).scatter_(1, index, 0.0)[..., None]
+    pooled = torch.stack([pool(rest * (1 - first)), pool(rest * first)], dim=1)
+    total, of_first = errors.sum(1), (errors * first).sum(1)
+    for i, s in enumerate(stats):
+        s._pending, s._settled = [], True
+        s._top, s._pooled = top[i], pooled[i]
+        s._errors, s._first_errors = total[i], of_first[i]
+
+
+def _top_index(absmax: Tensor) -> Tensor:
+    """Return the rows with the largest |x|, falling, [sites, tokens]; of equals the first seen."""
+    rows = absmax.shape[1]
+    order = torch.arange(rows - 1, -1, -1, device=absmax.device)
+    # The bits of a float that is not negative are in the order of its value.
+    key = (absmax.float().view(torch.int32).long() << 32) + order
+    return rows - 1 - (key.topk(min(TOP_TOKENS, rows), dim=1).values & 0xFFFFFFFF)
 
 
 def reset(stats: Sequence[TensorStats]) -> None:
@@ -180,10 +254,11 @@ def reset(stats: Sequence[TensorStats]) -> None:
     zeroed: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for s in stats:
         s.rows = s.sequences = 0
+        s._settled = False
+        s._pending = []
         s._top = s._top[:0]
-        for state in (s._pooled, s._histogram, s._absmax, s._squares, s._counts, s._nonfinite):
+        for state in (*s._totals, s._pooled, s._errors, s._first_errors):
             zeroed.setdefault((state.device, state.dtype), []).append(state)
-        zeroed[s._squares.device, s._squares.dtype].append(s._errors)
     for states in zeroed.values():
         torch._foreach_zero_(states)
 
@@ -203,10 +278,12 @@ def read(
         return None
     rows = int(numbers[0]) if operand == "input" else None
     top_channels, top_tokens = min(TOP, in_features), min(TOP, rows or 0)
+    scalars, errors = rest[: len(_SCALARS)], rest[len(_SCALARS) :].view(3, -1)
     summary = Summary(
         vector=torch.cat(
             [
-                rest[: len(_SCALARS) + len(formats)],
+                scalars,
+                errors[:, : len(formats)].flatten(),
                 channels[: 3 * top_channels],
                 tokens[: 3 * top_tokens],
             ]

@@ -65,12 +65,16 @@ class Ranks:
     def join(self, batch: Batch) -> Batch:
         """Return a batch as all ranks have seen it; every rank must call this."""
         sites, inputs = len(batch.widths), len(batch.top)
-        sums = [batch.squares, batch.counts, batch.sums.flatten(), batch.extras.flatten()]
+        summed = [batch.squares, batch.counts, batch.nonfinite, batch.errors, batch.extras]
+        sums = [part.flatten() for part in summed]
         packed = torch.cat(sums)
         dist.all_reduce(packed)
         dist.all_reduce(batch.histogram)
         dist.all_reduce(batch.absmax, op=dist.ReduceOp.MAX)
-        squares, counts, rest, extras = torch.split(packed, _sizes(sums))
+        squares, counts, nonfinite, errors, extras = (
+            part.view_as(like)
+            for part, like in zip(torch.split(packed, _sizes(sums)), summed, strict=True)
+        )
 
         own = [batch.pooled, batch.top, batch.numbers]
         mine = torch.cat([part.flatten() for part in own])
@@ -88,8 +92,9 @@ class Ranks:
             top=top,
             squares=squares,
             counts=counts,
-            sums=rest.view_as(batch.sums),
-            extras=extras.view_as(batch.extras),
+            nonfinite=nonfinite,
+            errors=errors,
+            extras=extras,
             numbers=torch.cat([numbers.sum(0)[:, :2], numbers.amax(0)[:, 2:]], dim=1),
         )
 

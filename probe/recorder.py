@@ -47,6 +47,7 @@ from bitplan.sites import OPERANDS, Linear, site_columns
 from bitplan.tables import ERRORS, PROFILE
 
 _WRAPPED = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
+_PENDING_ROWS = 1 << 17  # tokens of a step that are settled for all sites at once
 _NO_BACKWARD = -1  # torch's id of the backward pass that runs, if none does
 _NO_EXTRAS: tuple[None, ...] = (None,) * 2 * len(EXTRAS)
 

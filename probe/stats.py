@@ -16,7 +16,8 @@ the largest |x| are kept one by one, so that leaving them out subtracts nothing 
 tokens it is the top 1,024. Ties go to the token seen first.
 
 Errors. Squared quantization error over squared norm, squares in float32 (so |x| between 1e-15 and
-1e15), sums in float64. Formats with one scale per tensor take it from each chunk.
+1e15), sums in float64. Formats with one scale per tensor take it from each chunk. Each kept token
+keeps its squared errors, so that the share of the top 1 % of the tokens is known at the end.
 """
 
 import math
@@ -28,18 +29,17 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format, Operand
-from bitplan.probe.histogram import add_to_histogram, empty_histogram, read_histogram
-from bitplan.probe.moments import moments_of, pool, row_moments, shape_of
-from bitplan.quantize import quantize_dequantize
+from bitplan.probe.histogram import read_histogram
+from bitplan.probe.moments import moments_of, pool, shape_of
+from bitplan.probe.onepass import Rows, Totals, empty_totals, one_pass
 
 TOP = 8
 TOP_TOKENS = 1024
 TOP_SHARE = 0.01
 OUTLIER_SIGMAS = 6.0
+_PENDING_ROWS = 1 << 14
 QUANTILES = {"abs_p50": 0.5, "abs_p99": 0.99, "abs_p999": 0.999}
 
-_CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
-_GPU_BLOCK = 1 << 26
 _SCALARS = (
     "count",
     "mean",
@@ -57,16 +57,51 @@ _SCALARS = (
     "inf_count",
 )
 _COUNTS = ("count", "nan_count", "inf_count")
-# Columns of a row that is kept: five of moments.py, its place, and its largest |x|.
+# Columns of a row that is kept: five of moments.py, its place, its largest |x|, and its squared
+# error in each format.
 _N, _MEAN = 0, 1
-_FIRST, _SEQUENCE, _ABSMAX = 5, 6, 8
+_FIRST, _SEQUENCE, _ABSMAX, _ERRORS = 5, 6, 8, 9
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that a pass found, and what tells their places: sequences of one length, or numbers."""
+
+    found: Rows
+    length: int | None = None
+    start: int = 0  # number of the first sequence
+    positions: Tensor | None = None
+    sequences: Tensor | None = None
+
+    def after(self, sequences: int) -> "_Rows":
+        """Return the same rows, seen after so many sequences."""
+        return replace(self, start=self.start + sequences)
+
+    def table(self, device: torch.device) -> Tensor:
+        """Return the rows with the columns of a row that is kept, [rows, 9 + formats]."""
+        moments, absmax, errors = (part.to(device) for part in self.found)
+        return torch.cat([moments, self.places(device), absmax[:, None], errors], dim=1)
+
+    def places(self, device: torch.device) -> Tensor:
+        """Return whether rows are first tokens, with sequence and position, [rows, 3]."""
+        rows = len(self.found.absmax)
+        if self.length is not None:
+            order = torch.arange(rows, device=device)
+            position, sequence = order % self.length, order // self.length + self.start
+        else:
+            unknown = torch.full((rows,), -1, device=device)
+            position = unknown if self.positions is None else self.positions.flatten().to(device)
+            sequence = unknown if self.sequences is None else self.sequences.flatten().to(device)
+            sequence = sequence + self.start * (sequence >= 0)
+        return torch.stack([position == 0, sequence, position], dim=1).double()
 
 
 class TensorStats:
     """Statistics of one tensor, an input or a weight, gathered chunk by chunk on its device.
 
     `channel_absmax` and `channel_rms` are [in_features]; everything else comes from `row`,
-    `errors` or, many tensors at a time, from `summary` and `to_host`.
+    `errors` or, many tensors at a time, from `summary` and `to_host`. pending_rows: how many rows
+    wait to be settled (`_settle`).
     """
 
     def __init__(
@@ -76,35 +111,36 @@ class TensorStats:
         operand: Operand,
         formats: Sequence[Format] = (),
         device: torch.device | str = "cpu",
+        pending_rows: int = _PENDING_ROWS,
     ) -> None:
         self.in_features = in_features
         self.operand: Operand = operand
         self.formats = tuple(fmt for fmt in formats if fmt.applies_to(operand))
         self.device = torch.device(device)
+        self.pending_rows = pending_rows
         self.rows = 0
         self.sequences = 0
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
+        self._totals = empty_totals(in_features, self.device)
+        self._pending: list[_Rows] = []  # seen, and in nothing of what follows: see _settle
+        self._settled = False
         self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
-        self._top = zeros(0, 9)  # the tokens kept, by falling |x|
-        self._histogram = empty_histogram(self.device)
-        self._absmax = zeros(in_features, dtype=torch.float32)
-        self._squares = zeros(in_features)
-        self._counts = zeros(in_features)
-        self._nonfinite = zeros(2)  # NaN, infinite
-        self._errors = zeros(len(self.formats))
+        self._top = zeros(0, _ERRORS + len(self.formats))  # the tokens kept, by falling |x|
+        # Squared error by format: of all tokens, of first ones.
+        self._errors, self._first_errors = zeros(2, len(self.formats))
 
     @property
     def channel_absmax(self) -> Tensor:
         """Largest |x| of each input channel, [in_features]."""
-        return self._absmax
+        return self._totals.absmax
 
     @property
     def channel_rms(self) -> Tensor:
         """Root mean square of each input channel, [in_features], float64."""
-        return (self._squares / self._counts.clamp_min(1)).sqrt()
+        return (self._totals.squares / self._totals.counts.clamp_min(1)).sqrt()
 
     @torch.no_grad()
     def update(
@@ -119,24 +155,16 @@ class TensorStats:
         rows = x.detach().reshape(-1, self.in_features)
         if rows.shape[0] == 0:
             return
-        where = self._places(x, rows.shape[0], positions, sequences)
-        size = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // self.in_features)
-        tensor_wide = [fmt.granularity == "tensor" or fmt.kind == "nvfp4" for fmt in self.formats]
-        moments = []
-        for block in torch.split(rows, size):
-            clean, valid = self._clean(block.float())
-            moments.append(row_moments(clean, valid))
-            self._add_channels(clean, valid)
-            for i, fmt in enumerate(self.formats):
-                if not tensor_wide[i]:
-                    self._errors[i] += _squared_error(clean, fmt)
-        for i, fmt in enumerate(self.formats):
-            if tensor_wide[i]:
-                whole = rows.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-                self._errors[i] += _squared_error(whole, fmt)
+        found = one_pass(rows, self.formats, self._totals)
+        if positions is None and self.operand == "input" and x.dim() == 3:
+            pending = _Rows(found, length=x.shape[1], start=self.sequences)
+            self.sequences += x.shape[0]
+        else:
+            pending = _Rows(found, positions=positions, sequences=sequences)
+        self._pending.append(pending)
         self.rows += rows.shape[0]
-        found, absmax = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        self._add_rows(torch.cat([found, where, absmax[:, None]], dim=1))
+        if sum(len(pending.found.absmax) for pending in self._pending) > self.pending_rows:
+            self._settle()
 
     def merge(self, other: "TensorStats") -> None:
         """Take in what `other` has seen, as if its chunks had come after those seen here."""
@@ -146,14 +174,20 @@ class TensorStats:
             self.formats,
         ):
             raise ValueError("only statistics of one shape, operand and formats merge")
-        top = other._top.to(self.device, copy=True)
-        top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
-        self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
-        self._add_rows(top)
-        self._histogram += other._histogram.to(self.device)
-        self._absmax = torch.maximum(self._absmax, other._absmax.to(self.device))
-        for name in ("_squares", "_counts", "_nonfinite", "_errors"):
-            setattr(self, name, getattr(self, name) + getattr(other, name).to(self.device))
+        if other._settled:
+            self._settle()
+            top = other._top.to(self.device, copy=True)
+            top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
+            self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
+            self._add_rows(top)
+            self._errors += other._errors.to(self.device)
+            self._first_errors += other._first_errors.to(self.device)
+        self._pending += [rows.after(self.sequences) for rows in other._pending]
+        theirs = Totals(*(total.to(self.device) for total in other._totals))
+        torch.maximum(self._totals.absmax, theirs.absmax, out=self._totals.absmax)
+        for mine, added in zip(self._totals, theirs, strict=True):
+            if mine is not self._totals.absmax:
+                mine += added
         self.rows += other.rows
         self.sequences += other.sequences
 
@@ -169,15 +203,16 @@ class TensorStats:
     @torch.no_grad()
     def summary(self) -> "Summary":
         """Reduce all of it to one vector on the device; the host does not wait."""
+        self._settle()
         total = pool(torch.cat([self._pooled, self._top[:, :5]]))
         std, skewness, kurtosis = shape_of(total)
         excluded = min(math.ceil(TOP_SHARE * self.rows), TOP_TOKENS)
         others = self._top[:, :5] * (1 - self._top[:, _FIRST, None])
         without_first = pool(torch.cat([self._pooled[:1], others]))
         without_top = pool(torch.cat([self._pooled[:1], others[excluded:]]))
-        absmax = self._absmax.max().double()
+        absmax = self._totals.absmax.max().double()
         quantiles, outliers = read_histogram(
-            self._histogram,
+            self._totals.histogram,
             tuple(QUANTILES.values()),
             total=total[_N],
             mean=total[_MEAN],
@@ -197,16 +232,20 @@ class TensorStats:
             "channel_rms_kurtosis": shape_of(moments_of(self.channel_rms))[2],
             "kurtosis_without_first_token": shape_of(without_first)[2],
             "kurtosis_without_top_tokens": shape_of(without_top)[2],
-            "nan_count": self._nonfinite[0],
-            "inf_count": self._nonfinite[1],
+            "nan_count": self._totals.nonfinite[0],
+            "inf_count": self._totals.nonfinite[1],
         }
         rms, channel = self.channel_rms.sort(descending=True, stable=True)
-        channels = torch.stack([channel.double(), self._absmax[channel].double(), rms], dim=1)
-        tokens = self._top[:, _SEQUENCE:]
+        channels = torch.stack(
+            [channel.double(), self._totals.absmax[channel].double(), rms], dim=1
+        )
+        tokens = self._top[:, _SEQUENCE:_ERRORS]
         vector = torch.cat(
             [
                 torch.stack([scalars[name] for name in _SCALARS]),
-                self._errors / self._squares.sum(),
+                self._errors / self._totals.squares.sum(),
+                self._top[:excluded, _ERRORS:].sum(0) / self._errors,
+                self._first_errors / self._errors,
                 channels[:TOP].flatten(),
                 tokens[:TOP].flatten(),
             ]
@@ -226,42 +265,25 @@ class TensorStats:
         """Return squared quantization error over squared norm by format name; NaN for zeros."""
         return self.summary().errors()
 
-    def _places(
-        self, x: Tensor, rows: int, positions: Tensor | None, sequences: Tensor | None
-    ) -> Tensor:
-        """Say which rows are first tokens, with sequence and position: [rows, 3]."""
-        if positions is None and self.operand == "input" and x.dim() == 3:
-            batch, length = x.shape[:2]
-            order = torch.arange(rows, device=self.device)
-            positions = order % length
-            sequences = order // length + self.sequences
-            self.sequences += batch
-        unknown = torch.full((rows,), -1, device=self.device)
-        position = unknown if positions is None else positions.reshape(-1).to(self.device)
-        sequence = unknown if sequences is None else sequences.reshape(-1).to(self.device)
-        return torch.stack([position == 0, sequence, position], dim=1).double()
+    def _settle(self) -> None:
+        """Take in the rows that are pending.
 
-    def _clean(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return `x` with zeros for NaN and infinities, and which elements are finite.
-
-        On a CPU, where looking costs no wait, None stands for all of them.
+        It costs some fifty small operations, which a GPU is spared until there is something to
+        settle them for: rows wait, in the order seen, until a summary or until they are many.
         """
-        if x.device.type == "cpu" and bool(torch.isfinite(x.sum(-1)).all()):
-            return x, None
-        valid = torch.isfinite(x)
-        self._nonfinite += torch.stack([x.isnan().sum(), x.isinf().sum()])
-        return torch.where(valid, x, 0), valid
-
-    def _add_channels(self, x: Tensor, valid: Tensor | None) -> None:
-        """Add a block to the channels' extremes and squares, and to the histogram."""
-        magnitude = x.abs()
-        torch.maximum(self._absmax, magnitude.amax(0), out=self._absmax)
-        self._squares += (x * x).sum(0)
-        self._counts += x.shape[0] if valid is None else valid.sum(0)
-        add_to_histogram(self._histogram, x, magnitude)
+        if not self._pending:
+            return
+        self._settled = True
+        rows = torch.cat([pending.table(self.device) for pending in self._pending])
+        self._pending = []
+        errors = rows[:, _ERRORS:]
+        # Not in place: what was gathered in inference mode may be settled outside of it.
+        self._errors = self._errors + errors.sum(0)
+        self._first_errors = self._first_errors + (errors * rows[:, _FIRST, None]).sum(0)
+        self._add_rows(rows)
 
     def _add_rows(self, rows: Tensor) -> None:
-        """Pool rows [rows, 9], or keep them one by one while they are among the top tokens."""
+        """Pool rows [rows, 9 + formats]; those among the top tokens are kept one by one."""
         if self.operand == "input":
             rows = torch.cat([self._top, rows])
             rows = rows[rows[:, _ABSMAX].sort(descending=True, stable=True).indices]
@@ -295,7 +317,7 @@ class Summary:
         row["max_over_rms"] = _ratio(row["absmax"], row.pop("rms"))
         if self.tokens is None:
             row["kurtosis_without_first_token"] = row["kurtosis_without_top_tokens"] = None
-        start = len(_SCALARS) + len(self.formats)
+        start = len(_SCALARS) + 3 * len(self.formats)
         end = start + 3 * self.channels
         row["top_channels"] = [
             {"channel": int(channel), "absmax": absmax, "rms": rms}
@@ -314,14 +336,20 @@ class Summary:
         return dict(zip(self.formats, values, strict=True))
 
     def error_rows(self) -> list[dict[str, Any]]:
-        """Return the columns `format`, `relative_error` and `sqnr_db` of tables.ERRORS."""
+        """Return the columns of tables.ERRORS that are of the tensor alone."""
+        start, count = len(_SCALARS), len(self.formats)
+        top, first = self.vector[start + count : start + 3 * count].view(2, count).tolist()
         return [
             {
                 "format": name,
                 "relative_error": _finite(error),
                 "sqnr_db": -10 * math.log10(error) if error > 0 else None,
+                "top_tokens_error_share": None if self.tokens is None else _finite(top_share),
+                "first_tokens_error_share": None if self.tokens is None else _finite(first_share),
             }
-            for name, error in self.errors().items()
+            for (name, error), top_share, first_share in zip(
+                self.errors().items(), top, first, strict=True
+            )
         ]
 
 
@@ -353,13 +381,6 @@ def tensor_stats(tensor: Tensor, formats: Iterable[Format] = ()) -> dict[str, An
     found.update(tensor)
     summary = found.summary()
     return summary.row() | summary.errors()
-
-
-def _squared_error(x: Tensor, fmt: Format) -> Tensor:
-    """Return the summed squared quantization error of `x`, float64."""
-    if not fmt.is_quantized:
-        return x.new_zeros((), dtype=torch.float64)
-    return (quantize_dequantize(x, fmt) - x).square_().sum(-1).sum(dtype=torch.float64)
 
 
 def _triples(values: Sequence[float]) -> Iterable[tuple[float, float, float]]:
