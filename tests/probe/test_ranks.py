@@ -1,4 +1,4 @@
-"""Two processes, over gloo or on two GPUs, record what one process that sees both of their batches does."""
+"""Two processes, over gloo or on two GPUs, record what one that sees both their batches does."""
 
 import importlib.util
 import subprocess
