@@ -64,7 +64,7 @@ class TensorBoardWriter(Writer):
             raise ImportError(
                 "TensorBoardWriter needs TensorBoard: pip install bitplan[tensorboard]"
             ) from error
-        self._client: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._client: Any = SummaryWriter(str(directory))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -1,13 +1,15 @@
-"""Two processes over gloo record what one process that sees both of their batches does."""
+"""Two processes, over gloo or on two GPUs, record what one that sees both their batches does."""
 
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import polars as pl
 import pytest
+import torch
 from polars.testing import assert_frame_equal
 
 from bitplan.probe import Recorder
@@ -27,13 +29,22 @@ def load_worker() -> ModuleType:
 worker = load_worker()
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices"),
+]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def recorded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """What the two processes wrote, all cases in one start of them."""
     directory = tmp_path_factory.mktemp("ranks")
+    worker.device = torch.device(request.param)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(directory)],
+            [sys.executable, str(WORKER), str(rank), str(directory), request.param],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -46,7 +57,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         for process in processes:
             process.kill()
-    return directory
+    yield directory
+    worker.device = torch.device("cpu")
 
 
 def frames(directory: Path, case: str, rank: int) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -1,4 +1,4 @@
-"""What one of two processes does in test_ranks.py: two_ranks.py RANK DIRECTORY.
+"""What one of two processes does in test_ranks.py: two_ranks.py RANK DIRECTORY DEVICE.
 
 Every case writes DIRECTORY/CASE/stats-RANK.parquet and errors-RANK.parquet.
 """
@@ -22,6 +22,7 @@ from bitplan.probe import Recorder
 FORMATS = ("int4-g32", "int8-token", "int4-channel")
 WORLD = 2
 STEPS = 2
+device = torch.device("cpu")
 
 
 def make_model() -> LlamaForCausalLM:
@@ -34,14 +35,14 @@ def make_model() -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=1,
     )
-    return LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config).train().to(device)
 
 
 def batches(rank: int) -> list[Tensor]:
     """Two micro-batches a step; ranks differ in length, so that sequences and tokens do too."""
     generator = torch.Generator().manual_seed(rank)
     shape = (2 + rank, 9 - rank)
-    return [torch.randint(97, shape, generator=generator) for _ in range(2 * STEPS)]
+    return [torch.randint(97, shape, generator=generator).to(device) for _ in range(2 * STEPS)]
 
 
 def record(model: nn.Module, plain: nn.Module, ranks: list[int], **options: Any) -> Recorder:
@@ -83,7 +84,7 @@ def fsdp(rank: int, directory: Path) -> None:
 
 def hsdp(rank: int, directory: Path) -> None:
     """Replicas instead of shards: each weight is held by both ranks, as a DTensor."""
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (2, 1), mesh_dim_names=("replicate", "shard"))
     model = make_model()
     fully_shard(model, mesh=mesh)
     write(record(model, model, [rank]), rank, directory)
@@ -114,10 +115,17 @@ def different(rank: int, directory: Path) -> None:
 CASES = (ddp, ddp_given_whole, fsdp, hsdp, apart, uneven, different)
 
 
-def main(rank: int, directory: Path) -> None:
+def main(rank: int, directory: Path, kind: str) -> None:
+    global device
     torch.set_num_threads(1)
+    if kind == "cuda":
+        device = torch.device(kind, rank)
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD
+        "nccl" if kind == "cuda" else "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
     )
     for case in CASES:
         place = directory / case.__name__
@@ -129,4 +137,4 @@ def main(rank: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
