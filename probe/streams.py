@@ -95,6 +95,8 @@ class Streams:
             known = stream.calls > 0 and index not in stream.lost
             found.append(stream.stats if known else None)
         for stream in self._streams:
+            if stream.lost:
+                stream.stats = None  # it is not among those that are returned and reset
             stream.calls, stream.latest = 0, None
             stream.taken = dict.fromkeys(stream.taken, 0)
             stream.lost.clear()

@@ -504,3 +504,143 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert recorder.Recorder is Recorder
     with pytest.raises(ImportError):
         from bitplan.probe import Nothing  # type: ignore[attr-defined]  # noqa: F401
+
+
+class Odd(nn.Module):
+    """Linears that are called twice, never, or only when told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.early, self.late = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, whole: bool = True) -> Tensor:
+        x = self.early(self.twice(self.twice(x)))
+        out: Tensor = self.late(x) if whole else x
+        return out
+
+
+def test_linears_called_twice_never_and_at_times_in_changing_shapes() -> None:
+    model = Odd().train()
+    with Recorder(model) as found:
+        for shape, whole in (((2, 3, 4), True), ((1, 7, 4), False), ((0, 3, 4), True)):
+            model(torch.randn(shape), whole)
+        found.step()
+        model(torch.empty(2, 0, 4))
+        found.step()
+    inputs = found.frame().filter(operand="input")
+    tokens = {(row["module"], row["step"]): row["tokens"] for row in inputs.iter_rows(named=True)}
+    assert tokens == {
+        **{("twice", 1): 26, ("early", 1): 13, ("late", 1): 6},
+        **{("twice", 2): 0, ("early", 2): 0, ("late", 2): 0},
+    }
+    nothing = inputs.filter(step=2)
+    assert nothing["count"].to_list() == [0, 0, 0]
+    assert nothing["kurtosis"].null_count() == 3
+    assert inputs["nan_count"].sum() == 0
+
+
+def test_half_precision_overflow_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4)).half().train()
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)  # type: ignore[operator]
+    with Recorder(model, formats=("int4-g32",)) as found:
+        model(torch.ones(1, 2, 4, dtype=torch.half))
+        found.step()
+    row = found.frame().row(by_predicate=pl.col("site") == "1:input", named=True)
+    assert row["inf_count"] == 8
+    assert row["kurtosis"] is None
+    assert found.errors_frame()["relative_error"].is_finite().drop_nulls().all()
+
+
+def test_tied_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    update = TensorStats.update
+    monkeypatch.setattr(
+        TensorStats, "update", lambda self, x, **k: calls.append(x) or update(self, x, **k)
+    )
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)).train()
+    model[1].weight = model[0].weight
+    with Recorder(model, sites=("weight",), drift=True) as found:
+        with torch.no_grad():
+            model[0].weight.mul_(3)  # type: ignore[operator]
+        found.step()
+    assert len(calls) == 1
+    frame = found.frame()
+    assert frame["module"].to_list() == ["0", "1"]
+    assert frame["drift"].to_list() == pytest.approx([4.0, 4.0])
+    assert frame["std"].n_unique() == 1
+
+
+def test_a_step_whose_forward_failed_half_way_warns_and_goes_on(model: LlamaForCausalLM) -> None:
+    data = batches(3)
+    attention = model.model.layers[0].self_attn
+    with Recorder(model) as found:
+        model(input_ids=data[0])
+        handle = attention.k_proj.register_forward_pre_hook(lambda *args: 1 / 0, prepend=True)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=data[1])
+        handle.remove()
+        with pytest.warns(RuntimeWarning, match="not recorded there"):
+            model(input_ids=data[2])
+        found.step()
+        model(input_ids=data[2])
+        found.step()
+    inputs = found.frame().filter(operand="input")
+    first = {row["module"]: row["tokens"] for row in inputs.filter(step=1).iter_rows(named=True)}
+    prefix = "model.layers.0.self_attn"
+    assert first[f"{prefix}.q_proj"] == 72
+    assert not {f"{prefix}.k_proj", f"{prefix}.v_proj"} & first.keys()
+    assert set(inputs.filter(step=2)["tokens"]) == {24}
+    assert inputs.filter(step=2).height == 15
+
+
+def test_inputs_that_are_no_rows_of_the_matrix_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).train()
+    with Recorder(model), pytest.raises(CheckpointError, match=r"called with \[3, 5\]"):
+        model(torch.ones(3, 5))
+
+
+def test_no_tensor_and_no_model_outlives_the_block() -> None:
+    gone: list[weakref.ref[Any]] = []
+
+    def body() -> Recorder:
+        model = Odd().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gone.append(weakref.ref(model))
+        gone.extend(weakref.ref(parameter) for parameter in model.parameters())
+        with Recorder(model, every=2, optimizer=optimizer, drift=True) as found:
+            gone.append(weakref.ref(found))
+            for _ in range(3):
+                x = torch.randn(2, 3, 4)
+                gone.append(weakref.ref(x))
+                model(x).sum().backward()
+                optimizer.step()
+        found.model, found.optimizer = nn.Identity(), None  # the user's own references
+        return found
+
+    kept = body()
+    gc.collect()
+    assert [ref() for ref in gone] == [kept if ref() is kept else None for ref in gone]
+    assert kept.frame().height == 7
+    del kept
+    gc.collect()
+    assert all(ref() is None for ref in gone)
+
+
+def test_a_recording_step_leaves_memory_as_it_was() -> None:
+    model = Odd().train()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    with Recorder(model) as found:
+        counts = []
+        for _ in range(4):
+            model(torch.randn(2, 3, 4))
+            found.step()
+            found.flush()
+            counts.append(tensors())
+    assert counts[1] == counts[2] == counts[3]
