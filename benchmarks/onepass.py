@@ -43,6 +43,7 @@ def median_ms(work: Callable[[], object], device: str, repeats: int) -> float:
     for i in range(repeats + 2):
         if device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(1_000_000)  # half a millisecond, in which launches queue up
             begin.record()
             work()
             end.record()
@@ -94,6 +95,10 @@ def measure(
         work["torch.compile"] = (lambda: alternative(x, FORMATS, totals), few)
     times = {name: median_ms(run, device, repeats) for name, (run, repeats) in work.items()}
     ours = times["one pass"]
+    start = time.perf_counter()
+    for _ in range(20):
+        one_pass(x, FORMATS, totals)
+    host_us = (time.perf_counter() - start) / 20 * 1e6
     return {
         "shape": shape,
         "dtype": dtype,
@@ -103,6 +108,7 @@ def measure(
         "times_absmax_and_two_moments": round(ours / times["absmax and two moments"], 2),
         "eager_over_one_pass": round(times["eager"] / ours, 1),
         "compiled_over_one_pass": round(times.get("torch.compile", 0) / ours, 1) or None,
+        "host_us": round(host_us, 1) if device == "cuda" else None,
         "kurtosis": want,
         "kurtosis_error": abs(found / want - 1),
     }

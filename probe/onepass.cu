@@ -29,7 +29,7 @@ typedef long long i64;
 
 struct Pass {
   const void *x;          // [rows, width]
-  double *parts;          // [rows, segments, RECORD]
+  double *parts;          // [rows, segments, PART]
   double *squares_parts;  // [chunks, width]
   float *absmax_parts;    // [chunks, width]
   double *found;          // [rows, RECORD]: moments, absmax, errors
@@ -46,6 +46,8 @@ constexpr int PER_WORD = DTYPE == 0 ? 1 : 2;   // elements in 32 bits
 constexpr int PER_LANE = 4 * PER_WORD;         // elements in 16 bytes
 constexpr int SEGMENT = 32 * PER_LANE * VECTORS;
 constexpr int RECORD = 6 + FORMATS;
+constexpr int PART = RECORD + RECORD % 2;      // of a segment: in steps of 16 bytes
+constexpr int JOINERS = 8;                     // threads that join a row's segments
 constexpr int VALUES = 4 + FORMATS;            // summed over the lanes, per row
 constexpr int SLOTS = 32 / VALUES;             // rows summed at a time
 constexpr int PITCH = 36;                      // floats; keeps 16-byte reads off each other's banks
@@ -53,6 +55,7 @@ constexpr u32 MAGNITUDE = DTYPE == 0 ? 0x7FFFFFFFu : 0x7FFF7FFFu;
 constexpr u32 INFINITE = DTYPE == 0 ? 0x7F800000u : DTYPE == 1 ? 0x7F80u : 0x7C00u;
 constexpr int LOCAL_BINS = 1 << 14;            // of each sign
 constexpr u32 BINS_AT = 2048;                  // in shared memory, past what the system takes
+constexpr u32 ZERO_AT = BINS_AT + 4 * LOCAL_BINS;
 constexpr int PACKED = DTYPE == 0 ? VECTORS : (VECTORS + 1) / 2;
 __device__ constexpr float HALF[] = {HALVES};
 __device__ constexpr int GROUP_LANES[] = {LANES};
@@ -197,9 +200,10 @@ __device__ __noinline__ void centered(const Pass &p, i64 row, int start, double 
       spread ? (s4 - 4 * e * s3 + 6 * e * e * s2 - 3 * n * e * e * e * e) / square / square : 0;
 }
 
-// Add one to the block's bin at an offset in bytes; its address is a constant, so nothing is added.
+// Add one to a bin of the block by its offset from that of zero, in bytes: negative values' bins come
+// before those of positive ones. The address of zero is a constant, so that nothing is to be added.
 __device__ __forceinline__ void count(u32 offset) {
-  asm volatile("red.shared.add.u32 [%0 + %1], 1;" ::"r"(offset), "n"(BINS_AT) : "memory");
+  asm volatile("red.shared.add.u32 [%0 + %1], 1;" ::"r"(offset), "n"(ZERO_AT) : "memory");
 }
 
 // Add the sums of squares and the sums of eight elements per lane to c. The matrix units have
@@ -221,10 +225,14 @@ __device__ __forceinline__ void sum_powers(const uint4 &v, float (&c)[4]) {
 }
 
 // What is outside the block's bins goes to device memory; zeros go nowhere.
-__device__ __noinline__ void count_outside(int *histogram, u32 bits) {
-  const int bin = (int)((bits & 0x7FFFFFFFu) >> SHIFT) - LOWEST;
-  if (bin > 0)
-    atomicAdd(histogram + min(bin, BINS - 1) + (bits >> 31 ? BINS : 0), 1);
+__device__ __forceinline__ void count_outside(int *histogram, int base, const uint4 &v) {
+#pragma unroll 1
+  for (int i = 0; i < PER_LANE; i++) {
+    const u32 bits = __float_as_uint(element(word(v, i / PER_WORD), i % PER_WORD));
+    const int bin = (bits & 0x7FFFFFFFu) >> SHIFT;
+    if ((u32)(bin - base) >= LOCAL_BINS && bin > LOWEST)
+      atomicAdd(histogram + min(bin - LOWEST, BINS - 1) + (bits >> 31 ? BINS : 0), 1);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pass p) {
@@ -314,7 +322,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       row_extreme = DTYPE == 0 ? all : max(all & 0xFFFFu, all >> 16);
       if (row_extreme < INFINITE)
         break;
-      const int bad = clean(p, column, v);
+      uint4 copy[VECTORS];  // what is passed by reference lies in memory; v must not
+#pragma unroll
+      for (int k = 0; k < VECTORS; k++)
+        copy[k] = v[k];
+      const int bad = clean(p, column, copy);
+#pragma unroll
+      for (int k = 0; k < VECTORS; k++)
+        v[k] = copy[k];
       slot_bad = lane == slot ? bad : slot_bad;
     }
 
@@ -326,6 +341,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
     for (int k = 0; k < VECTORS; k++) {
       if (DTYPE != 0)
         sum_powers(v[k], c);
+#if DTYPE != 1
+      u32 outside = 0;
+#endif
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const u32 w = word(v[k], i);
@@ -352,20 +370,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
           const u32 bits = __float_as_uint(x);
           const u32 bin = ((bits & 0x7FFFFFFFu) >> SHIFT) - base;
           if (bin < LOCAL_BINS)
-            count(4 * bin + (bits >> 31) * (4 * LOCAL_BINS));
-          else
-            count_outside(p.histogram, bits);
+            count(4 * bin + ((int)bits >> 31) * (4 * LOCAL_BINS));
+          outside |= bin;
 #endif
         }
 #if DTYPE == 1
-        // Both bins at once: magnitude less the lowest, clamped, with the sign as 15th bit.
+        // Both bins at once: magnitude less the lowest, clamped; in bytes, 16 bits each. The upper
+        // half of an offset is 16 times the sign, so that negative values count below ZERO_AT.
         constexpr u32 LOW = 0x10000u - (LOWEST >> 3), HIGH = BINS >> 3;
-        const u32 two = __viaddmin_s16x2_relu(w & MAGNITUDE, LOW | LOW << 16, HIGH | HIGH << 16) |
-                        (w >> 1 & 0x40004000u);
-        count(two << 2 & 0x3FFFCu);
-        count(two >> 14 & 0x3FFFCu);
+        const u32 two =
+            __viaddmin_s16x2_relu(w & MAGNITUDE, LOW | LOW << 16, HIGH | HIGH << 16) << 2;
+        u32 offset, other;
+        asm("prmt.b32 %0, %1, %2, 0xDD10;" : "=r"(offset) : "r"(two), "r"(w));
+        asm("prmt.b32 %0, %1, %2, 0xFF32;" : "=r"(other) : "r"(two), "r"(w));
+        count(offset);
+        count(other);
 #endif
       }
+#if DTYPE != 1
+      if (outside >= LOCAL_BINS)
+        count_outside(p.histogram, base, v[k]);
+#endif
     }
 
     if (DTYPE != 0) {
@@ -403,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       errors[f] = __shfl_sync(~0u, sum, from + 4 + f & 31);
     bool exact = true;
     if (lane < slot) {
-      double *const out = p.parts + ((slot_row + (i64)lane * WARPS) * p.segments + blockIdx.x) * RECORD;
+      double *const out = p.parts + ((slot_row + (i64)lane * WARPS) * p.segments + blockIdx.x) * PART;
       const float absmax = magnitude(slot_extreme);
       const double n = min(SEGMENT, p.width - start) - slot_bad;
       const double m = n > 0 ? s1 / n : 0, q2 = s2, q3 = s3, q4 = s4;
@@ -423,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
     while (again) {
       const i64 which = slot_row + (i64)(__ffs(again) - 1) * WARPS;
       again &= again - 1;
-      centered(p, which, start, p.parts + (which * p.segments + blockIdx.x) * RECORD);
+      centered(p, which, start, p.parts + (which * p.segments + blockIdx.x) * PART);
     }
     slot_row += (i64)slot * WARPS;
     slot = slot_bad = 0;
@@ -439,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
     const int global = base - LOWEST + bin;
 #endif
     if (count && global)
-      atomicAdd(p.histogram + global + at / LOCAL_BINS * BINS, count);
+      atomicAdd(p.histogram + global + (at < LOCAL_BINS ? BINS : 0), count);
   }
   __syncthreads();
 
@@ -483,7 +508,7 @@ __device__ Moments join(const Moments &a, const Moments &b) {
               4 * r * (a.n * b.m3 - b.n * a.m3)};
 }
 
-// Join the segments of the rows, four threads to a row, and the chunks of the channels.
+// Join the segments of the rows, JOINERS threads to a row, and the chunks of the channels.
 extern "C" __global__ void join_parts(const Pass p) {
   if ((int)blockIdx.x >= p.row_blocks) {
     const int c = (blockIdx.x - p.row_blocks) * blockDim.x + threadIdx.x;
@@ -500,27 +525,33 @@ extern "C" __global__ void join_parts(const Pass p) {
     p.counts[c] += (double)p.rows;
     return;
   }
-  const i64 row = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 4;
-  const int part = threadIdx.x % 4;
+  const i64 row = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / JOINERS;
+  const int part = threadIdx.x % JOINERS;
   Moments total = {0, 0, 0, 0, 0};
   double absmax = 0, errors[FORMATS + 1];
+#pragma unroll
   for (int f = 0; f < FORMATS; f++)
     errors[f] = 0;
   if (row < p.rows)
-    for (int s = part; s < p.segments; s += 4) {
-      const double *in = p.parts + (row * p.segments + s) * RECORD;
+    for (int s = part; s < p.segments; s += JOINERS) {
+      double in[PART];
+#pragma unroll
+      for (int i = 0; i < PART / 2; i++)
+        ((double2 *)in)[i] = ((const double2 *)p.parts)[(row * p.segments + s) * (PART / 2) + i];
       total = join(total, {in[0], in[1], in[2], in[3], in[4]});
       absmax = fmax(absmax, in[5]);
-      for (int f = 0; f < FORMATS; f++)
+#pragma unroll
+  for (int f = 0; f < FORMATS; f++)
         errors[f] += in[6 + f];
     }
-  for (int step = 1; step < 4; step *= 2) {
+  for (int step = 1; step < JOINERS; step *= 2) {
     const Moments other = {__shfl_down_sync(~0u, total.n, step), __shfl_down_sync(~0u, total.mean, step),
                            __shfl_down_sync(~0u, total.m2, step), __shfl_down_sync(~0u, total.m3, step),
                            __shfl_down_sync(~0u, total.m4, step)};
     total = join(total, other);
     absmax = fmax(absmax, __shfl_down_sync(~0u, absmax, step));
-    for (int f = 0; f < FORMATS; f++)
+#pragma unroll
+  for (int f = 0; f < FORMATS; f++)
       errors[f] += __shfl_down_sync(~0u, errors[f], step);
   }
   if (row >= p.rows || part)

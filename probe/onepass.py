@@ -27,6 +27,7 @@ from bitplan.quantize import quantize_dequantize
 _CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
 _GPU_BLOCK = 1 << 26
 _COMPILED = (onepass_cpu, onepass_gpu)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Totals(NamedTuple):
@@ -64,8 +65,11 @@ def empty_totals(in_features: int, device: torch.device) -> Totals:
 def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Rows:
     """Read `x` [rows, in_features], at least one element, and add it to `totals`.
 
-    On a GPU the host does not wait. Formats with one scale per tensor take it from this `x`.
+    On a GPU the host does not wait. Formats with one scale per tensor take it from this `x`. Dtypes
+    other than float32, bfloat16 and float16 are copied to float32 first.
     """
+    if x.dtype not in _DTYPES:
+        x = x.float()
     compiled = next((module for module in _COMPILED if module.available(x)), None)
     if compiled is None:
         return eager(x, formats, totals)

@@ -30,7 +30,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WARPS = 16
 _SHARED_BYTES = 2048 + 4 * (2 << 14) + _WARPS * 32 * 36 * 4  # as onepass.cu lays it out
 _ROWS_PER_WARP = 4  # fewer do not pay for a block's own histogram
-_JOIN_THREADS = 256
+_JOIN_THREADS, _JOINERS = 256, 8
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def fuses(fmt: Format, x: Tensor) -> bool:
 
 def available(x: Tensor) -> bool:
     """Whether `x` can be read by compiled code; warns once where only the device stands against."""
-    return x.device.type == "cuda" and x.dtype in _DTYPES and _usable(x.device.index or 0)
+    return x.device.type == "cuda" and _usable(x.device.index or 0)
 
 
 def one_pass(
@@ -126,9 +126,9 @@ def one_pass(
     index, address = x.device.index, x.data_ptr()
     plan = _plan(x.dtype, width, address % 16 == 0, tuple(formats), index)
     chunks = max(1, min(plan.chunks, rows // (_WARPS * _ROWS_PER_WARP)))
-    row_blocks = -(-4 * rows // _JOIN_THREADS)
+    row_blocks = -(-_JOINERS * rows // _JOIN_THREADS)
     record = 6 + len(formats)
-    partial = rows * plan.segments * record
+    partial = rows * plan.segments * (record + record % 2)
     # The segments of rows, the chunks of channels' squares, and of their extremes, in float32.
     parts = torch.empty(partial + 2 * chunks * width, dtype=torch.float64, device=x.device)
     found = torch.empty(rows, record, dtype=torch.float64, device=x.device)

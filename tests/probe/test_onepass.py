@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitplan.formats import Format, parse_formats
 from bitplan.probe import histogram as bins
-from bitplan.probe import onepass, onepass_cpu
+from bitplan.probe import onepass_cpu
 from bitplan.probe.moments import pool
 from bitplan.probe.onepass import Rows, Totals, eager, empty_totals, one_pass
 
@@ -285,7 +285,11 @@ def test_compiled_once_and_kept(nothing_compiled: Path, monkeypatch: pytest.Monk
     assert len(list(nothing_compiled.rglob("*"))) == 2  # the folder and the library
 
 
-def test_a_tensor_that_no_compiled_code_reads() -> None:
-    x = make("normal", (5, 40), torch.float32).double()
-    assert not any(module.available(x) for module in onepass._COMPILED)
-    check((one_pass, "cpu"), x)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_dtypes_are_read_as_float32(path: Path_, dtype: torch.dtype) -> None:
+    x = make("normal", (50, 96), torch.float32).to(dtype)
+    rows, totals = run(path, [x], FORMATS)
+    want, wanted = run(path, [x.float()], FORMATS)
+    assert all(torch.equal(a, b) for a, b in zip(rows, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(totals, wanted, strict=True))
