@@ -176,7 +176,7 @@ def stack(
     tops = [_more_rows(s._top, kept) for s in inputs]
     formats = max(len(s.formats) for s in stats)
     errors = [
-        F.pad(part, (0, formats - len(s.formats)))
+        part if part.numel() == formats else F.pad(part, (0, formats - part.numel()))
         for s in stats
         for part in (s._errors, s._first_errors)
     ]
@@ -221,44 +221,49 @@ def _settle_together(stats: list[TensorStats]) -> None:
         for name in ("moments", "absmax", "errors")
     )
     moments = moments.view(len(stats), len(where), 5)
-    absmax = absmax.view(len(stats), len(where))
     errors = errors.view(len(stats), len(where), -1)
-    first = where[:, 0, None]
-    top = moments.new_zeros(len(stats), 0, _ERRORS + errors.shape[-1])
-    rest = moments
+    total = errors.sum(1)
     if stats[0].operand == "input":
-        index = _top_index(absmax)
-        parts = (moments, absmax[..., None], errors)
+        first = where[:, 0, None]
+        index = _top_index(absmax.view(len(stats), len(where)))
+        parts = (moments, absmax.view(len(stats), len(where), 1), errors)
         kept = [part.gather(1, index[..., None].expand(-1, -1, part.shape[-1])) for part in parts]
         top = torch.cat([kept[0], where[index], *kept[1:]], dim=-1)
-        rest = moments * torch.ones_like(absmax).scatter_(1, index, 0.0)[..., None]
-    pooled = torch.stack([pool(rest * (1 - first)), pool(rest * first)], dim=1)
-    total, of_first = errors.sum(1), (errors * first).sum(1)
-    for i, s in enumerate(stats):
+        rest = moments * moments.new_ones(moments.shape[:2]).scatter_(1, index, 0.0)[..., None]
+        pooled = torch.stack([pool(rest * (1 - first)), pool(rest * first)], dim=1)
+        of_first = (errors * first).sum(1)
+    else:
+        top = moments.new_zeros(len(stats), 0, _ERRORS + errors.shape[-1])
+        pooled = F.pad(pool(moments)[:, None], (0, 0, 0, 1))
+        of_first = torch.zeros_like(total)
+    results = zip(*(part.unbind() for part in (top, pooled, total, of_first)), strict=True)
+    for s, result in zip(stats, results, strict=True):
+        s._top, s._pooled, s._errors, s._first_errors = result
         s._pending, s._settled = [], True
-        s._top, s._pooled = top[i], pooled[i]
-        s._errors, s._first_errors = total[i], of_first[i]
 
 
 def _top_index(absmax: Tensor) -> Tensor:
     """Return the rows with the largest |x|, falling, [sites, tokens]; of equals the first seen."""
-    rows = absmax.shape[1]
-    order = torch.arange(rows - 1, -1, -1, device=absmax.device)
-    # The bits of a float that is not negative are in the order of its value.
-    key = (absmax.float().view(torch.int32).long() << 32) + order
-    return rows - 1 - (key.topk(min(TOP_TOKENS, rows), dim=1).values & 0xFFFFFFFF)
+    # All of them are sorted: torch.topk takes one site after the other on a GPU.
+    order = absmax.float().sort(dim=1, descending=True, stable=True).indices
+    return order[:, :TOP_TOKENS].contiguous()
 
 
 def reset(stats: Sequence[TensorStats]) -> None:
-    """Make the statistics those of nothing, in the memory that they have."""
-    zeroed: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for s in stats:
-        s.rows = s.sequences = 0
-        s._settled = False
-        s._pending = []
+    """Make statistics on one device those of nothing; totals stay in the memory that they have."""
+    zeroed: dict[torch.dtype, list[Tensor]] = {}
+    formats = max(len(s.formats) for s in stats)
+    pooled = stats[0]._pooled.new_zeros(len(stats), 2, 5).unbind()
+    errors = stats[0]._pooled.new_zeros(2, len(stats), formats)
+    for s, s._pooled, e, first in zip(
+        stats, pooled, *(part.unbind() for part in errors), strict=True
+    ):
+        s._errors, s._first_errors = e[: len(s.formats)], first[: len(s.formats)]
         s._top = s._top[:0]
-        for state in (*s._totals, s._pooled, s._errors, s._first_errors):
-            zeroed.setdefault((state.device, state.dtype), []).append(state)
+        s.rows = s.sequences = 0
+        s._pending, s._settled = [], False
+        for state in s._totals:
+            zeroed.setdefault(state.dtype, []).append(state)
     for states in zeroed.values():
         torch._foreach_zero_(states)
 

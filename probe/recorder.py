@@ -42,14 +42,14 @@ from bitplan.probe.observe import Observation, observe
 from bitplan.probe.ranks import Ranks, whole_tensor
 from bitplan.probe.stats import TOP_TOKENS, TensorStats, fetch
 from bitplan.probe.streams import Streams
-from bitplan.probe.weights import gate_up_correlation, gate_up_partners
+from bitplan.probe.weights import gate_up_partners, row_cosines
 from bitplan.sites import OPERANDS, Linear, site_columns
 from bitplan.tables import ERRORS, PROFILE
 
 _WRAPPED = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
+_COSINE_ELEMENTS = 1 << 26  # of gates that are compared with their ups at once
 _PENDING_ROWS = 1 << 17  # tokens of a step that are settled for all sites at once
 _NO_BACKWARD = -1  # torch's id of the backward pass that runs, if none does
-_NO_EXTRAS: tuple[None, ...] = (None,) * 2 * len(EXTRAS)
 
 
 @dataclass(eq=False)
@@ -67,12 +67,20 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _Found:
-    """The statistics of a site since the step before, and numerators and denominators of EXTRAS."""
+    """The statistics of a site since the step before, and what EXTRAS are the quotients of."""
 
     site: int
     stats: TensorStats
     is_seen: bool = True
-    extras: Sequence[Tensor | None] = _NO_EXTRAS
+    extras: Sequence["_Quotient"] = ()
+
+
+@dataclass(frozen=True)
+class _Quotient:
+    """A numerator and a denominator, float32 on the device; None for nothing."""
+
+    numerator: Tensor | None = None
+    denominator: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +261,7 @@ class Recorder:
                 batch = self._ranks.join(batch)
             sites = [item.site for item in here]
             self._pending.append(_Record(self.steps, sites, batch.vectors()))
-        reset(list({id(item.stats): item.stats for item in found}.values()))
+            reset(list({id(item.stats): item.stats for item in here}.values()))
 
     def _read_inputs(self) -> list[_Found]:
         """Return what the inputs were since the last step; across ranks, of uncalled ones too."""
@@ -271,32 +279,38 @@ class Recorder:
     def _read_weights(self) -> list[_Found]:
         """Return what the weights are; across ranks, this one's share of them."""
         found: dict[_Weight, TensorStats] = {}
-        extras: dict[_Weight, list[Tensor | None]] = {}
-        partners: dict[_Weight, tuple[Tensor, bool]] = {}
+        drifts: dict[_Weight, _Quotient] = {}
+        pairs: dict[_Weight, tuple[Tensor, Tensor]] = {}
+        waiting: dict[_Weight, tuple[Tensor, bool]] = {}
         if self._ranks is not None and self._plain is not None:
             self._ranks.shard(self._plain)
         for weight in dict.fromkeys(self._weights):
             rows, mine = self._share(weight)
-            extras.setdefault(weight, [*_NO_EXTRAS])
             if mine:
                 if weight.stats is None or weight.stats.device != rows.device:
                     weight.stats = self._new_stats(weight.module.linear, "weight", rows.device)
                 weight.stats.update(rows)
                 found[weight] = weight.stats
-                extras[weight][:2] = _drift(weight, rows)
+                drifts[weight] = _drift(weight, rows)
             if weight.partner is weight and mine:
-                extras[weight][2:] = _cosines(*rows.chunk(2))
-            elif weight.partner in partners:
-                other, other_mine = partners.pop(weight.partner)
+                gate, up = rows.chunk(2)
+                pairs[weight] = gate, up
+            elif weight.partner in waiting:
+                other, other_mine = waiting.pop(weight.partner)
                 if other_mine:
-                    extras[weight][2:] = extras[weight.partner][2:] = _cosines(other, rows)
+                    pairs[weight.partner] = other, rows
             elif weight.partner is not None:
-                partners[weight] = rows, mine
+                waiting[weight] = rows, mine
+        cosines = dict(zip(pairs, _cosines(list(pairs.values())), strict=True))
+        nothing = _Quotient()
         return [
             _Found(
                 site,
                 found[weight] if weight in found else self._empty(site),
-                extras=extras[weight],
+                extras=(
+                    drifts.get(weight, nothing),
+                    cosines.get(weight) or cosines.get(weight.partner or weight, nothing),
+                ),
             )
             for site, weight in enumerate(self._weights)
         ]
@@ -373,24 +387,41 @@ def _check_input(x: object, linear: Linear) -> None:
         )
 
 
-def _drift(weight: _Weight, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return |W - W0|^2 and |W0|^2."""
+def _drift(weight: _Weight, rows: Tensor) -> _Quotient:
+    """Return |W - W0|^2 over |W0|^2."""
     if weight.initial is None:
-        return None, None
+        return _Quotient()
     moved = (rows.float() - weight.initial.float()).square().sum()
-    return moved, weight.initial_square
+    return _Quotient(moved, weight.initial_square)
 
 
-def _cosines(gate: Tensor, up: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the sum of |cosine| of matching rows, and the number of rows."""
-    if len(gate) == 0:
-        return None, None
-    count = torch.full((), float(len(gate)), device=gate.device)
-    return gate_up_correlation(gate, up) * count, count
+def _cosines(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Quotient]:
+    """Return the mean |cosine| of matching rows of gates and ups, each as a quotient."""
+    found: dict[int, _Quotient] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (gate, _) in enumerate(pairs):
+        if len(gate):
+            groups.setdefault((gate.shape, gate.dtype, gate.device), []).append(i)
+    for group in groups.values():
+        size = max(1, _COSINE_ELEMENTS // pairs[group[0]][0].numel())
+        for start in range(0, len(group), size):
+            some = group[start : start + size]
+            gates, ups = (torch.stack([pairs[i][side] for i in some]) for side in (0, 1))
+            sums = row_cosines(gates, ups).sum(-1)
+            rows = torch.full_like(sums, gates.shape[1])
+            quotients = map(_Quotient, sums.unbind(), rows.unbind())
+            found |= dict(zip(some, quotients, strict=True))
+    return [found.get(i, _Quotient()) for i in range(len(pairs))]
 
 
-def _stacked(extras: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+def _stacked(extras: Sequence[Sequence[_Quotient]], device: torch.device) -> Tensor:
     """Return the extras of sites as batch.Batch has them, zeros where there are none."""
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    scalars = [zero if value is None else value.double() for site in extras for value in site]
-    return torch.stack(scalars).view(len(extras), len(EXTRAS), 2)
+    zero = torch.zeros((), device=device)
+    nothing = (_Quotient(),) * len(EXTRAS)
+    parts = [
+        zero if part is None else part
+        for site in extras
+        for quotient in site or nothing
+        for part in (quotient.numerator, quotient.denominator)
+    ]
+    return torch.stack(parts).double().view(len(extras), len(EXTRAS), 2)

@@ -179,8 +179,12 @@ def gate_up_correlation(weight: Tensor, other: Tensor | None = None) -> Tensor:
     gate, up = weight.chunk(2) if other is None else (weight, other)
     size = max(1, _BLOCK // gate.shape[1])
     pairs = zip(torch.split(gate, size), torch.split(up, size), strict=True)
-    cosines = [F.cosine_similarity(g.float(), u.float(), dim=-1).abs() for g, u in pairs]
-    return torch.cat(cosines).mean()
+    return torch.cat([row_cosines(g, u) for g, u in pairs]).mean()
+
+
+def row_cosines(gate: Tensor, up: Tensor) -> Tensor:
+    """Return |cosine| of matching rows [..., in_features] of gate and up weights."""
+    return F.cosine_similarity(gate.float(), up.float(), dim=-1).abs()
 
 
 class _Reader:
