@@ -12,8 +12,10 @@ What a user has otherwise, each at every step:
                         torch.histc between their extremes, copied to the host
     nvdlfw-inspect      its six statistics, if it is installed
 
-The first two record inputs and weights. Compiled rows compare with the compiled plain step. The
-table is printed, and written with the times to benchmarks/results/recorder_cost_DEVICE.json.
+The first two record inputs and weights. With --compile the model is compiled, and compared with the
+compiled plain step; hooks of the others would break its graph at every linear and are left out. The
+table is printed, and written with its options to benchmarks/results/recorder_cost_DEVICE.json
+(.._compiled.json).
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ EVERY = 20
 SIZES: dict[str, dict[str, int]] = {
     "cpu": {"hidden": 64, "intermediate": 192, "layers": 4, "vocabulary": 512, "batch": 4}
     | {"length": 128},
-    "cuda": {"hidden": 768, "intermediate": 2048, "layers": 12, "vocabulary": 32000, "batch": 32}
+    "cuda": {"hidden": 768, "intermediate": 2048, "layers": 12, "vocabulary": 32000, "batch": 48}
     | {"length": 1024},
 }
 
@@ -59,7 +62,8 @@ class Training:
             tie_word_embeddings=True,
             use_cache=False,
         )
-        self.model = LlamaForCausalLM(config).to(self.device).train()
+        with self.device:
+            self.model = LlamaForCausalLM(config).train()
         self.run: Any = self.model
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused)
@@ -81,20 +85,25 @@ class Way:
     name: str
     training: Training
     after_step: Callable[[], object] = lambda: None
-    steps: int = 4
-    compiled: bool = False
+    steps: int = 1
+    prepare: Callable[[], object] = lambda: None
     seconds: list[float] = field(default_factory=list)
 
     def take(self) -> float:
-        """Return the seconds of a step, the mean over some."""
+        """Return the seconds of a step, the mean over some after one that does not count."""
+        self.prepare()
+        self.step()
         synchronize(self.training.device)
         start = time.perf_counter()
         for _ in range(self.steps):
-            self.training.step()
-            self.after_step()
-            self.training.optimizer.zero_grad()
+            self.step()
         synchronize(self.training.device)
         return (time.perf_counter() - start) / self.steps
+
+    def step(self) -> None:
+        self.training.step()
+        self.after_step()
+        self.training.optimizer.zero_grad()
 
 
 def synchronize(device: torch.device) -> None:
@@ -191,24 +200,19 @@ def inspected(training: Training) -> Iterator[Callable[[], None]]:
 
 
 def ways(options: argparse.Namespace, stack: ExitStack) -> Iterator[Way]:
-    """Enter every way of recording, each with a training of its own."""
-    formats = tuple(options.formats.split(","))
-    recorders = {"moments": (), f"moments, {options.formats}": formats}
-    for compiled in (False, True) if options.compile else (False,):
-        yield Way("plain", Training(options), steps=EVERY, compiled=compiled)
-        for label, errors in recorders.items():
-            if compiled and not errors:
-                continue
-            for every in GOALS:
-                training = Training(options)
-                recorder = stack.enter_context(Recorder(training.model, every, errors))
-                yield Way(
-                    f"Recorder, every {every}, {label}",
-                    training,
-                    recorder.step,
-                    steps=max(every, options.steps),
-                    compiled=compiled,
-                )
+    """Enter every way of recording; a training of its own for each set of hooks."""
+    yield Way("plain", Training(options), steps=2 * options.steps)
+    errors = tuple(options.formats.split(","))
+    for formats in (errors,) if options.compile else ((), errors):
+        training = Training(options)
+        recorder = stack.enter_context(Recorder(training.model, formats=formats))
+        for every in GOALS:
+            label = ", ".join((f"Recorder, every {every}", *formats))
+            steps = max(every, options.steps)
+            prepare = partial(setattr, recorder, "every", every)
+            yield Way(label, training, recorder.step, steps, prepare)
+    if options.compile:  # the hooks of the others break the graph at every linear
+        return
     for name, statistic in (("torch hooks", moments), ("sums on the device", sums)):
         training = Training(options)
         after = stack.enter_context(hooked(training, statistic))
@@ -226,15 +230,13 @@ def ways(options: argparse.Namespace, stack: ExitStack) -> Iterator[Way]:
 def measure(options: argparse.Namespace) -> list[Way]:
     with ExitStack() as stack:
         found = list(ways(options, stack))
+        for training in dict.fromkeys(way.training for way in found):
+            if options.compile:
+                training.run = torch.compile(training.model)
         for way in found:
-            if way.compiled:
-                way.training.run = torch.compile(way.training.model)
-            steps, way.steps = way.steps, 2
-            way.take()
-            way.steps = steps
-            print(f"  ready: {way.name}{', compiled' if way.compiled else ''}", flush=True)
-        for way in found:
-            way.take()
+            for _ in range(2):
+                way.step()
+            print(f"  ready: {way.name}", flush=True)
         for _ in range(options.rounds):
             for way in found:
                 way.seconds.append(way.take())
@@ -242,14 +244,13 @@ def measure(options: argparse.Namespace) -> list[Way]:
 
 
 def table(found: list[Way]) -> list[dict[str, Any]]:
-    plain = {way.compiled: way.seconds for way in found if way.name == "plain"}
+    plain = found[0].seconds
     rows = []
     for way in found:
-        ratios = [a / b for a, b in zip(way.seconds, plain[way.compiled], strict=True)]
+        ratios = [a / b for a, b in zip(way.seconds, plain, strict=True)]
         rows.append(
             {
                 "way": way.name,
-                "compiled": way.compiled,
                 "step_ms": round(1e3 * statistics.median(way.seconds), 3),
                 "ratio": round(statistics.median(ratios), 4),
                 "ratio_lowest": round(min(ratios), 4),
@@ -267,7 +268,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="steps at a time")
     parser.add_argument("--formats", default="int4-g128")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     for name, value in SIZES[options.device].items():
@@ -276,8 +277,7 @@ def main() -> None:
     found = measure(options)
     rows = table(found)
     for row in rows:
-        name = row["way"] + (", compiled" if row["compiled"] else "")
-        print(f"{name:52} {row['step_ms']:10.2f} ms  x{row['ratio']:.4f}")
+        print(f"{row['way']:40} {row['step_ms']:10.2f} ms  x{row['ratio']:.4f}")
     parameters = sum(p.numel() for p in found[0].training.model.parameters())
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     result = {
@@ -290,7 +290,8 @@ def main() -> None:
         "versions": versions(),
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    write_json(options.results / f"recorder_cost_{options.device}.json", result)
+    name = f"recorder_cost_{options.device}{'_compiled' if options.compile else ''}.json"
+    write_json(options.results / name, result)
 
 
 if __name__ == "__main__":
