@@ -72,9 +72,22 @@ def _hook(
 ) -> None:
     x = args[0] if args else next(iter(kwargs.values()))
     if torch.compiler.is_compiling():
-        torch.ops.bitplan.observe(x.detach(), token, key)
+        torch.ops.bitplan.observe(as_multiplied(x).detach(), token, key)
     else:
         _deliver(key, x, traced=False)
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """Return an input in the dtype that autocast multiplies it in.
+
+    A compiled graph has this tensor anyway, while one of the original would be kept for us alone.
+    """
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind):
+        return x
+    if torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _deliver(key: int, x: Tensor, traced: bool) -> None:

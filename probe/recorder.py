@@ -14,7 +14,8 @@ gradient accumulation counts every micro-batch), and the weights after the updat
 
 Inputs count while `model` is in training mode and no backward pass runs: evaluation is not
 recorded, and a layer that gradient checkpointing runs again is not counted twice. Linears that
-share their input (q/k/v; gate/up) share one computation (streams.py). Hooks stay within the graph
+share their input (q/k/v; gate/up) share one computation (streams.py). Under autocast an input is
+what is multiplied, after rounding. Hooks stay within the graph
 of torch.compile (observe.py); entering makes compiled code start over, so enter before training.
 
 Nothing waits for the device until `frame`, `errors_frame` or `flush` brings all that was recorded

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitplan.probe.observe import as_multiplied
 from bitplan.probe.stats import TensorStats
 from bitplan.sites import Linear
 
@@ -77,7 +78,7 @@ class Streams:
             stream = self._streams[index]
         if stream.stats is None or (stream.calls == 0 and stream.stats.device != x.device):
             stream.stats = self._make(self._linears[index], x.device)
-        stream.stats.update(x)
+        stream.stats.update(x if traced else as_multiplied(x))
         stream.calls += 1
         stream.taken[index] += 1
         if len(stream.taken) > 1:

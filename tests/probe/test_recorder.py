@@ -224,6 +224,22 @@ def test_inference_mode_and_autocast(model: LlamaForCausalLM) -> None:
     assert weights[:half].equals(weights[half:])
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_autocast_inputs_are_what_is_multiplied(backend: str | None, dynamo: Any) -> None:
+    model = Forked().train()
+    run: Any = model if backend is None else torch.compile(model, backend=backend)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))
+    with Recorder(model, sites=("input",)) as found:
+        with torch.autocast("cpu", torch.bfloat16):
+            run(x, 2 * x).float().sum().backward()
+        found.step()
+    assert not dynamo["graph_break"]
+    for row, seen in zip(found.frame().iter_rows(named=True), (x, 2 * x), strict=True):
+        assert row["absmax"] == float(seen.bfloat16().abs().max())
+        assert row["kurtosis"] == pytest.approx(kurtosis(seen.bfloat16()), rel=1e-3)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_counts_once(reentrant: bool) -> None:
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
