@@ -282,6 +282,7 @@ class Recorder:
         found: dict[_Weight, TensorStats] = {}
         drifts: dict[_Weight, _Quotient] = {}
         pairs: dict[_Weight, tuple[Tensor, Tensor]] = {}
+        cosines: dict[_Weight, _Quotient] = {}
         waiting: dict[_Weight, tuple[Tensor, bool]] = {}
         if self._ranks is not None and self._plain is not None:
             self._ranks.shard(self._plain)
@@ -302,7 +303,10 @@ class Recorder:
                     pairs[weight.partner] = other, rows
             elif weight.partner is not None:
                 waiting[weight] = rows, mine
-        cosines = dict(zip(pairs, _cosines(list(pairs.values())), strict=True))
+            if sum(gate.numel() for gate, _ in pairs.values()) >= _COSINE_ELEMENTS:
+                cosines |= zip(pairs, _cosines(list(pairs.values())), strict=True)
+                pairs.clear()  # gathered weights are not kept until all are
+        cosines |= zip(pairs, _cosines(list(pairs.values())), strict=True)
         nothing = _Quotient()
         return [
             _Found(
@@ -354,7 +358,13 @@ class Recorder:
         return self._new_stats(linear, "input", device)
 
     def _new_stats(self, linear: Linear, operand: Operand, device: torch.device) -> TensorStats:
-        return TensorStats(linear.in_features, operand=operand, formats=self.formats, device=device)
+        return TensorStats(
+            linear.in_features,
+            operand=operand,
+            formats=self.formats,
+            device=device,
+            pending_rows=_PENDING_ROWS,
+        )
 
     def _empty(self, site: int) -> TensorStats:
         """Return statistics of nothing, where the other ranks have those of a site."""

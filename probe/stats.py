@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitplan.formats import Format, Operand
+from bitplan.formats import Format, Operand, parse_format
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
 from bitplan.probe.onepass import Rows, Totals, empty_totals, one_pass
@@ -370,14 +370,14 @@ def fetch(vectors: Sequence[Tensor]) -> list[Tensor]:
     return [on_host[i] for i in range(len(vectors))]
 
 
-def tensor_stats(tensor: Tensor, formats: Iterable[Format] = ()) -> dict[str, Any]:
+def tensor_stats(tensor: Tensor, formats: Iterable[Format | str] = ()) -> dict[str, Any]:
     """Return the statistic columns of tables.PROFILE for one tensor [..., in_features].
 
-    Each format name that applies to a weight is a key too, with the relative quantization error.
+    formats: formats or their names; each that applies to a weight is a key too, with the relative
+    quantization error.
     """
-    found = TensorStats(
-        tensor.shape[-1], operand="weight", formats=tuple(formats), device=tensor.device
-    )
+    parsed = [parse_format(fmt) if isinstance(fmt, str) else fmt for fmt in formats]
+    found = TensorStats(tensor.shape[-1], operand="weight", formats=parsed, device=tensor.device)
     found.update(tensor)
     summary = found.summary()
     return summary.row() | summary.errors()

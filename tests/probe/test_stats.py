@@ -462,6 +462,7 @@ def test_to_host_keeps_the_order() -> None:
 def test_tensor_stats_of_one_tensor() -> None:
     x = make("normal", (30, 64))
     found = tensor_stats(x, parse_formats(["int4-g32"]))
+    assert found == tensor_stats(x, ["int4-g32"])
     assert_agrees(found, x)
     assert found["int4-g32"] == pytest.approx(naive_error(x, 4, 32), rel=TOLERANCE)
 
