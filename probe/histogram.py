@@ -43,10 +43,9 @@ def read_histogram(
     total, mean, distance = total.view(-1), mean.view(-1), distance.view(-1)
     # Bins are summed by exponent first; of single bins only those of a few exponents are read.
     bins = histogram.view(len(total), 2, BINS >> MANTISSA_BITS, 1 << MANTISSA_BITS)
-    if histogram.device.type == "cpu":  # one by one: the temporaries of all leave the caches
-        exponents = torch.stack([one.sum(-1, dtype=torch.int64) for one in bins])
-    else:
-        exponents = bins.sum(-1, dtype=torch.int64)
+    # On a CPU, where looking costs no wait, sums that fit into 32 bits need no copy in 64.
+    fits = histogram.device.type == "cpu" and int(total.max()) < 1 << 31
+    exponents = bins.sum(-1, dtype=torch.int32 if fits else torch.int64).long()
     # Without the first bin, which the count of zeros may have run past 2^31: it is what is left.
     exponents[..., 0] -= bins[..., 0, 0]
     everything = exponents.sum((1, 2))
