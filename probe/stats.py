@@ -277,7 +277,7 @@ def settle(stats: Sequence[TensorStats]) -> None:
     small operations; they are done once for all tensors that saw as many rows in the same places.
     """
     groups: dict[Any, list[TensorStats]] = {}
-    for one in stats:
+    for one in dict.fromkeys(stats):  # linears share what they are handed
         if one._pending:
             kinds = tuple(rows.kind for rows in one._pending)
             alike = id(one) if None in kinds else 0
