@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MANTISSA_BITS = 10
-SHIFT = 23 - MANTISSA_BITS
-LOWEST = (127 - 64) << MANTISSA_BITS
-BINS = 96 << MANTISSA_BITS
+_MANTISSA_BITS = 10
+_SHIFT = 23 - _MANTISSA_BITS
+_LOWEST = (127 - 64) << _MANTISSA_BITS
+_BINS = 96 << _MANTISSA_BITS
 
 
 def empty_histogram(device: torch.device) -> Tensor:
     """Return a histogram of nothing: int32, the positive bins and then the negative ones."""
-    return torch.zeros(2 * BINS, dtype=torch.int32, device=device)
+    return torch.zeros(2 * _BINS, dtype=torch.int32, device=device)
 
 
 def add_to_histogram(histogram: Tensor, x: Tensor, magnitude: Tensor) -> None:
     """Count the elements of a finite float32 tensor, given with its absolute value."""
-    index = magnitude.view(torch.int32) >> SHIFT
-    index.sub_(LOWEST).clamp_(0, BINS - 1).sub_(x.view(torch.int32) >> 31, alpha=BINS)
+    index = magnitude.view(torch.int32) >> _SHIFT
+    index.sub_(_LOWEST).clamp_(0, _BINS - 1).sub_(x.view(torch.int32) >> 31, alpha=_BINS)
     histogram.index_add_(0, index.flatten(), index.new_ones(()).expand(x.numel()))
 
 
@@ -41,14 +41,14 @@ def read_histogram(
     """
     middles = _middles(histogram.device)
     # Without the first bin, which the count of zeros may have run past 2^31: it is what is left.
-    upto = F.pad(histogram.view(2, BINS)[:, 1:].cumsum(1, dtype=torch.int64), (1, 0))
+    upto = F.pad(histogram.view(2, _BINS)[:, 1:].cumsum(1, dtype=torch.int64), (1, 0))
     everything = upto[:, -1].sum()
     zeros = total.long() - everything
 
     # Scalars of Python travel with the kernels; a tensor from the host would make it wait.
     ranks = torch.stack([share * (total - 1).clamp_min(0) for share in shares])
     order = torch.stack([ranks.floor(), ranks.ceil()]).long()
-    found = torch.searchsorted(upto.sum(0) + zeros, order, right=True).clamp_max(BINS - 1)
+    found = torch.searchsorted(upto.sum(0) + zeros, order, right=True).clamp_max(_BINS - 1)
     low, high = middles[found]
     quantiles = torch.lerp(low, high, ranks - ranks.floor())
 
@@ -59,14 +59,14 @@ def read_histogram(
     first = torch.searchsorted(middles[1:], signed - distance)
     near = (upto.gather(1, last[:, None]) - upto.gather(1, first[:, None])).clamp_min(0).sum()
     far = everything - near + zeros * (mean.abs() > distance)
-    resolved = mean.abs() * 2.0**-MANTISSA_BITS <= distance / 3
+    resolved = mean.abs() * 2.0**-_MANTISSA_BITS <= distance / 3
     return quantiles, torch.where(resolved, far / total, math.nan)
 
 
 @cache
 def _middles(device: torch.device) -> Tensor:
     """Return the middle of each bin of |x|, float64; that of the first is 0."""
-    bins = torch.arange(BINS, device=device, dtype=torch.int32)
-    middles = ((bins + LOWEST << SHIFT) + (1 << SHIFT - 1)).view(torch.float32).double()
+    bins = torch.arange(_BINS, device=device, dtype=torch.int32)
+    middles = ((bins + _LOWEST << _SHIFT) + (1 << _SHIFT - 1)).view(torch.float32).double()
     middles[0] = 0.0
     return middles

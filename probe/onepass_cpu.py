@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.probe import histogram as bins
+from bitplan.probe.histogram import _BINS, _LOWEST, _SHIFT
 from bitplan.probe.totals import Totals
 
 _SOURCE = Path(__file__).with_name("onepass.c")
@@ -93,7 +93,7 @@ def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
         task.channel_absmax, task.channel_squares = extremes[i].data_ptr(), sums[i].data_ptr()
         task.channel_bad = bad[i].data_ptr()
         task.histogram = (histograms[i - 1] if i else totals.histogram).data_ptr()
-        task.shift, task.lowest, task.bins = bins.SHIFT, bins.LOWEST, bins.BINS
+        task.shift, task.lowest, task.bins = _SHIFT, _LOWEST, _BINS
     library = _library()
     assert library is not None, "ask `available` first"
     if library.bitplan_one_pass(tasks, ctypes.c_int64(threads)):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.probe import histogram as bins
+from bitplan.probe.histogram import _BINS, _LOWEST, _SHIFT
 from bitplan.probe.totals import Totals
 
 _SOURCE = Path(__file__).with_name("onepass.cu")
@@ -90,9 +90,9 @@ class _Variant:
                 str((fmt.group_size or 0) // self.lane_elements) for fmt in self.formats
             )
             or "0",
-            "SHIFT": bins.SHIFT,
-            "LOWEST": bins.LOWEST,
-            "BINS": bins.BINS,
+            "SHIFT": _SHIFT,
+            "LOWEST": _LOWEST,
+            "BINS": _BINS,
             "WARPS": _WARPS,
         }
         lines = [f"#define {name} {value}" for name, value in constants.items()]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.formats import Format, parse_formats
-from bitplan.probe import histogram as bins
 from bitplan.probe import onepass_cpu
+from bitplan.probe.histogram import _BINS
 from bitplan.probe.moments import pool
 from bitplan.probe.onepass import ROW, eager, one_pass
 from bitplan.probe.totals import Totals, empty_totals
@@ -89,10 +89,10 @@ def naive_errors(x: np.ndarray, fmt: Format) -> np.ndarray:
 
 def naive_histogram(x: np.ndarray) -> np.ndarray:
     """The bins of histogram.py, [2, bins], by its description; the first ones are not compared."""
-    counts = np.zeros((2, bins.BINS), dtype=np.int64)
+    counts = np.zeros((2, _BINS), dtype=np.int64)
     mantissa, exponent = np.frexp(np.abs(x.astype(np.float64)))  # in [1/2, 1)
     place = (exponent + 63).astype(np.int64) * 1024 + np.floor((mantissa * 2 - 1) * 1024)
-    place = np.where(x == 0, 0, np.clip(place, 0, bins.BINS - 1)).astype(np.int64)
+    place = np.where(x == 0, 0, np.clip(place, 0, _BINS - 1)).astype(np.int64)
     np.add.at(counts, (np.signbit(x).astype(int), place), 1)
     return counts[:, 1:]
 
