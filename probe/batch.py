@@ -33,6 +33,7 @@ from bitplan.probe.stats import (
     TOP_TOKENS,
     Summary,
     TensorStats,
+    settle,
 )
 
 EXTRAS = ("drift", "gate_up_correlation")
@@ -194,59 +195,6 @@ def stack(
         extras=extras,
         numbers=torch.tensor(numbers, dtype=torch.float64).to(stats[0].device, non_blocking=True),
     )
-
-
-def settle(stats: Sequence[TensorStats]) -> None:
-    """Do for many what TensorStats does one by one: take in the rows that are pending.
-
-    Inputs of the same sequences, and weights with as many rows, are settled together.
-    """
-    groups: dict[tuple[object, ...], dict[int, TensorStats]] = {}
-    for s in stats:
-        layout = tuple((len(p.found.absmax), p.length, p.start) for p in s._pending)
-        numbered = any(p.positions is not None or p.sequences is not None for p in s._pending)
-        if s._settled or numbered:
-            s._settle()
-        elif layout:
-            groups.setdefault((s.operand, len(s.formats), layout), {})[id(s)] = s
-    for group in groups.values():
-        _settle_together(list(group.values()))
-
-
-def _settle_together(stats: list[TensorStats]) -> None:
-    """Settle statistics whose pending rows are in the same places and that have settled none."""
-    where = torch.cat([pending.places(stats[0].device) for pending in stats[0]._pending])
-    moments, absmax, errors = (
-        torch.cat([part for s in stats for part in (getattr(p.found, name) for p in s._pending)])
-        for name in ("moments", "absmax", "errors")
-    )
-    moments = moments.view(len(stats), len(where), 5)
-    errors = errors.view(len(stats), len(where), -1)
-    total = errors.sum(1)
-    if stats[0].operand == "input":
-        first = where[:, 0, None]
-        index = _top_index(absmax.view(len(stats), len(where)))
-        parts = (moments, absmax.view(len(stats), len(where), 1), errors)
-        kept = [part.gather(1, index[..., None].expand(-1, -1, part.shape[-1])) for part in parts]
-        top = torch.cat([kept[0], where[index], *kept[1:]], dim=-1)
-        rest = moments * moments.new_ones(moments.shape[:2]).scatter_(1, index, 0.0)[..., None]
-        pooled = torch.stack([pool(rest * (1 - first)), pool(rest * first)], dim=1)
-        of_first = (errors * first).sum(1)
-    else:
-        top = moments.new_zeros(len(stats), 0, _ERRORS + errors.shape[-1])
-        pooled = F.pad(pool(moments)[:, None], (0, 0, 0, 1))
-        of_first = torch.zeros_like(total)
-    results = zip(*(part.unbind() for part in (top, pooled, total, of_first)), strict=True)
-    for s, result in zip(stats, results, strict=True):
-        s._top, s._pooled, s._errors, s._first_errors = result
-        s._pending, s._settled = [], True
-
-
-def _top_index(absmax: Tensor) -> Tensor:
-    """Return the rows with the largest |x|, falling, [sites, tokens]; of equals the first seen."""
-    # All of them are sorted: torch.topk takes one site after the other on a GPU.
-    order = absmax.float().sort(dim=1, descending=True, stable=True).indices
-    return order[:, :TOP_TOKENS].contiguous()
 
 
 def reset(stats: Sequence[TensorStats]) -> None:

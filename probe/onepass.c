@@ -23,9 +23,7 @@ typedef struct {
   int64_t dtype, formats;
   const int64_t *group; /* elements that share a scale, by format */
   const float *half;    /* 2^(bits - 1), by format */
-  double *moments;      /* [rows, 5] */
-  double *absmax;       /* [rows] */
-  double *errors;       /* [rows, formats] */
+  double *found;        /* [rows, 6 + formats] */
   float *channel_absmax; /* [width] */
   double *channel_squares, *channel_bad; /* [width] */
   double *nonfinite; /* NaN, infinite */
@@ -178,16 +176,17 @@ static void read_row(const Task *t, int64_t row, float *scratch) {
     x = zeroed, about = centered;
   }
   const float absmax = n > 0 ? (high > -low ? high : -low) : 0;
+  double *found = t->found + row * (6 + t->formats);
   if (n > 0)
-    central(about, width, n, center, absmax, low, high, t->moments + 5 * row);
-  t->absmax[row] = absmax > 0 ? absmax : 0;
+    central(about, width, n, center, absmax, low, high, found);
+  found[5] = absmax;
   float *extremes = scratch + 3 * width;
   for (int64_t f = 0; f < t->formats; f++) {
     const int64_t group = t->group[f] < width ? t->group[f] : width;
     if (f == 0 || t->group[f] != t->group[f - 1])
       for (int64_t i = 0; i < width; i += group)
         extremes[i / group] = largest(x + i, width - i < group ? width - i : group);
-    t->errors[row * t->formats + f] = squared_error(x, width, group, extremes, t->half[f]);
+    found[6 + f] = squared_error(x, width, group, extremes, t->half[f]);
   }
   count(t, x, (int32_t *)(scratch + 3 * width));
   float *channel = t->channel_absmax, *squares = scratch + 4 * width;

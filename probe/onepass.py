@@ -1,9 +1,10 @@
 """One pass over a tensor: everything the streaming statistics need, per row and per channel.
 
-`one_pass` is the contract. Rows come back with their moments, their largest |x| and their squared
-quantization error in each format, so that tokens can be kept, left out or weighed afterwards. What
-is summed over the rows (channels, histogram, counts) is added to `Totals` in place. Values that are
-not finite are counted and read as zeros.
+`one_pass` is the contract. Rows come back one by one, so that tokens can be kept, left out or
+weighed afterwards: [rows, 6 + formats], float64, the five columns of moments.row_moments, the
+largest |x|, and the squared quantization error in each format. What is summed over the rows
+(channels, histogram, counts) is added to `Totals` in place. Values that are not finite are counted
+and read as zeros.
 
 Compiled code fulfills it, in one read, where there is some for the tensor (onepass_cpu.py,
 onepass_gpu.py); formats that this code does not measure cost a second read, in torch operations.
@@ -11,78 +12,58 @@ onepass_gpu.py); formats that this code does not measure cost a second read, in 
 compiled does.
 """
 
-from collections.abc import Sequence
-from itertools import compress
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitplan.formats import Format
 from bitplan.probe import onepass_cpu, onepass_gpu
-from bitplan.probe.histogram import add_to_histogram, empty_histogram
+from bitplan.probe.histogram import add_to_histogram
 from bitplan.probe.moments import row_moments
+from bitplan.probe.totals import Totals
 from bitplan.quantize import quantize_dequantize
 
 _CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
 _GPU_BLOCK = 1 << 26
-_COMPILED = (onepass_cpu, onepass_gpu)
+_COMPILED: dict[str, Any] = {"cpu": onepass_cpu, "cuda": onepass_gpu}
+ROW = 6  # columns of a row before its errors
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Totals(NamedTuple):
-    """What passes add up: [in_features] each, but for the histogram and `nonfinite`, [2].
-
-    Float64 but for `absmax`, float32. counts: finite elements. nonfinite: NaN, infinite.
-    """
-
-    histogram: Tensor
-    absmax: Tensor
-    squares: Tensor
-    counts: Tensor
-    nonfinite: Tensor
-
-
-class Rows(NamedTuple):
-    """What a pass found in each row, float64: moments [rows, 5] as moments.row_moments, absmax
-    [rows], and squared quantization errors [rows, formats].
-    """
-
-    moments: Tensor
-    absmax: Tensor
-    errors: Tensor
-
-
-def empty_totals(in_features: int, device: torch.device) -> Totals:
-    """Return the totals of nothing."""
-    floats = torch.zeros(3 * in_features + 2, dtype=torch.float64, device=device)
-    sizes = [in_features, in_features, 2, in_features]
-    squares, counts, nonfinite, spare = torch.split(floats, sizes)
-    absmax = spare.view(torch.float32)[:in_features]
-    return Totals(empty_histogram(device), absmax, squares, counts, nonfinite)
-
-
-def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Rows:
-    """Read `x` [rows, in_features], at least one element, and add it to `totals`.
+def one_pass(x: Tensor, formats: tuple[Format, ...], totals: Totals) -> Tensor:
+    """Read `x` [rows, in_features], at least one element; add to `totals`, and return its rows.
 
     On a GPU the host does not wait. Formats with one scale per tensor take it from this `x`. Dtypes
     other than float32, bfloat16 and float16 are copied to float32 first.
     """
     if x.dtype not in _DTYPES:
         x = x.float()
-    compiled = next((module for module in _COMPILED if module.available(x)), None)
-    if compiled is None:
+    compiled = _COMPILED.get(x.device.type)
+    if compiled is None or not compiled.available(x.device):
         return eager(x, formats, totals)
-    fused = [compiled.fuses(fmt, x) for fmt in formats]
-    rows = Rows(*compiled.one_pass(x, list(compress(formats, fused)), *totals))
-    if all(fused):
+    fused, others, order = _split(compiled.fuses, formats, x.dtype)
+    rows: Tensor = compiled.one_pass(x, fused, totals)
+    if not others:
         return rows
-    columns = iter(rows.errors.unbind(1))
-    others = iter(eager_errors(x, list(compress(formats, (not done for done in fused)))).unbind(1))
-    return rows._replace(errors=torch.stack([next(columns if f else others) for f in fused], 1))
+    columns = [*rows.unbind(1), *eager_errors(x, others).unbind(1)]
+    return torch.stack([columns[i] for i in order], 1)
 
 
-def eager(x: Tensor, formats: Sequence[Format], totals: Totals) -> Rows:
+@cache
+def _split(
+    fuses: Callable[[Format, torch.dtype], bool], formats: tuple[Format, ...], dtype: torch.dtype
+) -> tuple[tuple[Format, ...], tuple[Format, ...], list[int]]:
+    """Return the formats that are fused, the others, and where the columns of a row then lie."""
+    fused = tuple(fmt for fmt in formats if fuses(fmt, dtype))
+    others = tuple(fmt for fmt in formats if fmt not in fused)
+    place = {fmt: ROW + i for i, fmt in enumerate((*fused, *others))}
+    return fused, others, [*range(ROW), *(place[fmt] for fmt in formats)]
+
+
+def eager(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
     """Do what `one_pass` says in torch operations."""
     histogram, absmax, squares, counts, nonfinite = totals
     found = []
@@ -100,7 +81,7 @@ def eager(x: Tensor, formats: Sequence[Format], totals: Totals) -> Rows:
         counts += clean.shape[0] if valid is None else valid.sum(0)
         add_to_histogram(histogram, clean, magnitude)
     moments, row_absmax = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Rows(moments, row_absmax, eager_errors(x, formats))
+    return torch.cat([moments, row_absmax[:, None], eager_errors(x, formats)], 1)
 
 
 def eager_errors(x: Tensor, formats: Sequence[Format]) -> Tensor:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.probe import histogram as bins
+from bitplan.probe.histogram import _BINS, _LOWEST, _SHIFT
+from bitplan.probe.totals import Totals
 
 _SOURCE = Path(__file__).with_name("onepass.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
@@ -49,9 +50,7 @@ class _Task(ctypes.Structure):
             for name in (
                 "group",
                 "half",
-                "moments",
-                "absmax",
-                "errors",
+                "found",
                 "channel_absmax",
                 "channel_squares",
                 "channel_bad",
@@ -63,36 +62,26 @@ class _Task(ctypes.Structure):
     ]
 
 
-def fuses(fmt: Format, x: Tensor) -> bool:
+def fuses(fmt: Format, dtype: torch.dtype) -> bool:
     """Whether the pass measures this format: integers with scales inside a row."""
     return fmt.kind == "int" and fmt.granularity != "tensor"
 
 
-def available(x: Tensor) -> bool:
-    """Whether `x` can be read by compiled code; the first call compiles it, or warns."""
-    return x.device.type == "cpu" and _library() is not None
+def available(device: torch.device) -> bool:
+    """Whether there is compiled code; the first call compiles it, or warns."""
+    return _library() is not None
 
 
-def one_pass(
-    x: Tensor,
-    formats: Sequence[Format],
-    histogram: Tensor,
-    absmax: Tensor,
-    squares: Tensor,
-    counts: Tensor,
-    nonfinite: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fields of onepass.Rows for formats that it `fuses`, and add to the totals."""
+def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
+    """Do what onepass.one_pass says, for formats that this code `fuses`."""
     x = x.contiguous()
     rows, width = x.shape
     threads = max(1, min(torch.get_num_threads(), x.numel() // _THREAD_ELEMENTS, rows))
-    moments = torch.zeros(rows, 5, dtype=torch.float64)
-    row_absmax = torch.zeros(rows, dtype=torch.float64)
-    errors = torch.zeros(rows, len(formats), dtype=torch.float64)
+    found = torch.zeros(rows, 6 + len(formats), dtype=torch.float64)
     extremes = torch.zeros(threads, width)
     sums, bad = torch.zeros(2, threads, width, dtype=torch.float64)
     lost = torch.zeros(threads, 2, dtype=torch.float64)
-    histograms = torch.zeros(threads - 1, histogram.numel(), dtype=torch.int32)
+    histograms = torch.zeros(threads - 1, len(totals.histogram), dtype=torch.int32)
     groups = torch.tensor([fmt.group_size or width for fmt in formats], dtype=torch.int64)
     halves = torch.tensor([2.0 ** (fmt.bits - 1) for fmt in formats])
     tasks = (_Task * threads)()
@@ -100,23 +89,22 @@ def one_pass(
         task.x, task.width, task.dtype = x.data_ptr(), width, _DTYPES[x.dtype]
         task.first, task.last = rows * i // threads, rows * (i + 1) // threads
         task.formats, task.group, task.half = len(formats), groups.data_ptr(), halves.data_ptr()
-        task.moments, task.absmax = moments.data_ptr(), row_absmax.data_ptr()
-        task.errors, task.nonfinite = errors.data_ptr(), lost[i].data_ptr()
+        task.found, task.nonfinite = found.data_ptr(), lost[i].data_ptr()
         task.channel_absmax, task.channel_squares = extremes[i].data_ptr(), sums[i].data_ptr()
         task.channel_bad = bad[i].data_ptr()
-        task.histogram = (histograms[i - 1] if i else histogram).data_ptr()
-        task.shift, task.lowest, task.bins = bins.SHIFT, bins.LOWEST, bins.BINS
+        task.histogram = (histograms[i - 1] if i else totals.histogram).data_ptr()
+        task.shift, task.lowest, task.bins = _SHIFT, _LOWEST, _BINS
     library = _library()
     assert library is not None, "ask `available` first"
     if library.bitplan_one_pass(tasks, ctypes.c_int64(threads)):
         raise MemoryError(f"no memory for rows of {width} elements")
-    for other in histograms:
-        histogram += other
-    torch.maximum(absmax, extremes.amax(0), out=absmax)
-    squares += sums.sum(0)
-    counts += rows - bad.sum(0)
-    nonfinite += lost.sum(0)
-    return moments, row_absmax, errors
+    for histogram in histograms:
+        totals.histogram.add_(histogram)
+    torch.maximum(totals.absmax, extremes.amax(0), out=totals.absmax)
+    totals.squares.add_(sums.sum(0))
+    totals.counts.add_(rows - bad.sum(0))
+    totals.nonfinite.add_(lost.sum(0))
+    return found
 
 
 @cache

@@ -13,7 +13,6 @@ and onepass.py falls back on torch operations; BITPLAN_COMPILE=0 asks for that, 
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.probe import histogram as bins
+from bitplan.probe.histogram import _BINS, _LOWEST, _SHIFT
+from bitplan.probe.totals import Totals
 
 _SOURCE = Path(__file__).with_name("onepass.cu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -90,41 +90,32 @@ class _Variant:
                 str((fmt.group_size or 0) // self.lane_elements) for fmt in self.formats
             )
             or "0",
-            "SHIFT": bins.SHIFT,
-            "LOWEST": bins.LOWEST,
-            "BINS": bins.BINS,
+            "SHIFT": _SHIFT,
+            "LOWEST": _LOWEST,
+            "BINS": _BINS,
             "WARPS": _WARPS,
         }
         lines = [f"#define {name} {value}" for name, value in constants.items()]
         return "\n".join([*lines, "#line 1", _SOURCE.read_text()])
 
 
-def fuses(fmt: Format, x: Tensor) -> bool:
-    """Whether the pass measures this format of `x`: integers whose groups lie within a warp."""
-    lane = 16 // x.element_size()
-    sizes = {lane << i for i in range(6)}
+def fuses(fmt: Format, dtype: torch.dtype) -> bool:
+    """Whether the pass measures this format: integers whose groups lie within a warp."""
+    sizes = {16 // dtype.itemsize << i for i in range(6)}
     return fmt.kind == "int" and fmt.granularity == "group" and fmt.group_size in sizes
 
 
-def available(x: Tensor) -> bool:
-    """Whether `x` can be read by compiled code; warns once where only the device stands against."""
-    return x.device.type == "cuda" and _usable(x.device.index or 0)
+def available(device: torch.device) -> bool:
+    """Whether there is compiled code for the device; the first call warns where there is not."""
+    return _usable(device.index or 0)
 
 
-def one_pass(
-    x: Tensor,
-    formats: Sequence[Format],
-    histogram: Tensor,
-    absmax: Tensor,
-    squares: Tensor,
-    counts: Tensor,
-    nonfinite: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fields of onepass.Rows for formats that it `fuses`, and add to the totals."""
+def one_pass(x: Tensor, formats: tuple[Format, ...], totals: Totals) -> Tensor:
+    """Do what onepass.one_pass says, for formats that this code `fuses`."""
     x = x.contiguous()
     rows, width = x.shape
     index, address = x.device.index, x.data_ptr()
-    plan = _plan(x.dtype, width, address % 16 == 0, tuple(formats), index)
+    plan = _plan(x.dtype, width, address % 16 == 0, formats, index)
     chunks = max(1, min(plan.chunks, rows // (_WARPS * _ROWS_PER_WARP)))
     row_blocks = -(-_JOINERS * rows // _JOIN_THREADS)
     record = 6 + len(formats)
@@ -139,11 +130,7 @@ def one_pass(
         at + 8 * partial,
         at + 8 * (partial + chunks * width),
         found.data_ptr(),
-        histogram.data_ptr(),
-        absmax.data_ptr(),
-        squares.data_ptr(),
-        counts.data_ptr(),
-        nonfinite.data_ptr(),
+        *(total.data_ptr() for total in totals),
         rows,
         width,
         plan.segments,
@@ -153,13 +140,12 @@ def one_pass(
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     grid = (row_blocks + -(-width // _JOIN_THREADS), 1)
     with torch.cuda.device(index):
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream(index).cuda_stream
         _launch(plan.read, (plan.segments, chunks), 32 * _WARPS, _SHARED_BYTES, stream, pointers)
         _launch(plan.join, grid, _JOIN_THREADS, 0, stream, pointers)
-    errors = found[:, 6:]
-    if plan.places is not None:
-        errors = torch.stack([errors[:, place] for place in plan.places], 1)
-    return found[:, :5], found[:, 5], errors
+    if plan.places is None:
+        return found
+    return torch.stack([found[:, place] for place in plan.places], 1)  # an index would make it wait
 
 
 @dataclass(frozen=True)
@@ -170,7 +156,7 @@ class _Plan:
     join: ctypes.c_void_p
     segments: int
     chunks: int  # at the most
-    places: tuple[int, ...] | None  # of the formats in the kernel's order, where that differs
+    places: list[int] | None  # of a row's columns in the kernel's order, where that differs
 
 
 @cache
@@ -188,13 +174,13 @@ def _plan(
     read, join = _kernels(variant, index)
     segments = -(-width // variant.segment)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count
-    places = tuple(order.index(i) for i in range(len(order)))
+    places = [*range(6), *(6 + order.index(i) for i in range(len(order)))]
     return _Plan(
         read=read,
         join=join,
         segments=segments,
         chunks=max(1, blocks // segments),
-        places=places if places != tuple(sorted(places)) else None,
+        places=places if places != sorted(places) else None,
     )
 
 
@@ -230,7 +216,10 @@ def _usable(index: int) -> bool:
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    word, pointer = ctypes.c_uint, ctypes.c_void_p
+    driver.cuLaunchKernel.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
+    return driver
 
 
 @cache
@@ -292,7 +281,7 @@ def _launch(
     grid: tuple[int, int],
     threads: int,
     shared_bytes: int,
-    stream: ctypes.c_void_p,
+    stream: int,
     pointers: "ctypes.Array[ctypes.c_void_p]",
 ) -> None:
     _check(

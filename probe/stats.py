@@ -31,7 +31,8 @@ from torch import Tensor
 from bitplan.formats import Format, Operand, parse_format
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
-from bitplan.probe.onepass import Rows, Totals, empty_totals, one_pass
+from bitplan.probe.onepass import ROW, one_pass
+from bitplan.probe.totals import Totals, empty_totals
 
 TOP = 8
 TOP_TOKENS = 1024
@@ -65,9 +66,9 @@ _FIRST, _SEQUENCE, _ABSMAX, _ERRORS = 5, 6, 8, 9
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows that a pass found, and what tells their places: sequences of one length, or numbers."""
+    """Rows of a pass, and what tells their places: sequences of one length, or numbers."""
 
-    found: Rows
+    found: Tensor
     length: int | None = None
     start: int = 0  # number of the first sequence
     positions: Tensor | None = None
@@ -77,19 +78,20 @@ class _Rows:
         """Return the same rows, seen after so many sequences."""
         return replace(self, start=self.start + sequences)
 
-    def table(self, device: torch.device) -> Tensor:
-        """Return the rows with the columns of a row that is kept, [rows, 9 + formats]."""
-        moments, absmax, errors = (part.to(device) for part in self.found)
-        return torch.cat([moments, self.places(device), absmax[:, None], errors], dim=1)
+    @property
+    def kind(self) -> tuple[int, ...] | None:
+        """What rows have in common whose places are the same; None where places were given."""
+        if self.positions is not None or self.sequences is not None:
+            return None
+        return len(self.found), self.length or 0, self.start
 
     def places(self, device: torch.device) -> Tensor:
-        """Return whether rows are first tokens, with sequence and position, [rows, 3]."""
-        rows = len(self.found.absmax)
+        """Say which rows are first tokens, with sequence and position, [rows, 3]."""
         if self.length is not None:
-            order = torch.arange(rows, device=device)
+            order = torch.arange(len(self.found), device=device)
             position, sequence = order % self.length, order // self.length + self.start
         else:
-            unknown = torch.full((rows,), -1, device=device)
+            unknown = torch.full((len(self.found),), -1, device=device)
             position = unknown if self.positions is None else self.positions.flatten().to(device)
             sequence = unknown if self.sequences is None else self.sequences.flatten().to(device)
             sequence = sequence + self.start * (sequence >= 0)
@@ -101,7 +103,7 @@ class TensorStats:
 
     `channel_absmax` and `channel_rms` are [in_features]; everything else comes from `row`,
     `errors` or, many tensors at a time, from `summary` and `to_host`. pending_rows: how many rows
-    wait to be settled (`_settle`).
+    wait to be settled (`settle`).
     """
 
     def __init__(
@@ -124,8 +126,10 @@ class TensorStats:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
-        self._totals = empty_totals(in_features, self.device)
-        self._pending: list[_Rows] = []  # seen, and in nothing of what follows: see _settle
+        self._histogram, self._absmax, self._squares, self._counts, self._nonfinite = empty_totals(
+            in_features, self.device
+        )
+        self._pending: list[_Rows] = []  # seen, and in nothing of what follows: see settle
         self._settled = False
         self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
         self._top = zeros(0, _ERRORS + len(self.formats))  # the tokens kept, by falling |x|
@@ -133,14 +137,18 @@ class TensorStats:
         self._errors, self._first_errors = zeros(2, len(self.formats))
 
     @property
+    def _totals(self) -> Totals:
+        return Totals(self._histogram, self._absmax, self._squares, self._counts, self._nonfinite)
+
+    @property
     def channel_absmax(self) -> Tensor:
         """Largest |x| of each input channel, [in_features]."""
-        return self._totals.absmax
+        return self._absmax
 
     @property
     def channel_rms(self) -> Tensor:
         """Root mean square of each input channel, [in_features], float64."""
-        return (self._totals.squares / self._totals.counts.clamp_min(1)).sqrt()
+        return (self._squares / self._counts.clamp_min(1)).sqrt()
 
     @torch.no_grad()
     def update(
@@ -163,8 +171,8 @@ class TensorStats:
             pending = _Rows(found, positions=positions, sequences=sequences)
         self._pending.append(pending)
         self.rows += rows.shape[0]
-        if sum(len(pending.found.absmax) for pending in self._pending) > self.pending_rows:
-            self._settle()
+        if sum(len(pending.found) for pending in self._pending) > self.pending_rows:
+            settle([self])
 
     def merge(self, other: "TensorStats") -> None:
         """Take in what `other` has seen, as if its chunks had come after those seen here."""
@@ -175,18 +183,18 @@ class TensorStats:
         ):
             raise ValueError("only statistics of one shape, operand and formats merge")
         if other._settled:
-            self._settle()
+            settle([self])
             top = other._top.to(self.device, copy=True)
             top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
             self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
-            self._add_rows(top)
+            self._top, self._pooled = _kept(self.operand, self._top, self._pooled, top)
             self._errors += other._errors.to(self.device)
             self._first_errors += other._first_errors.to(self.device)
         self._pending += [rows.after(self.sequences) for rows in other._pending]
         theirs = Totals(*(total.to(self.device) for total in other._totals))
-        torch.maximum(self._totals.absmax, theirs.absmax, out=self._totals.absmax)
+        torch.maximum(self._absmax, theirs.absmax, out=self._absmax)
         for mine, added in zip(self._totals, theirs, strict=True):
-            if mine is not self._totals.absmax:
+            if mine is not self._absmax:
                 mine += added
         self.rows += other.rows
         self.sequences += other.sequences
@@ -203,16 +211,16 @@ class TensorStats:
     @torch.no_grad()
     def summary(self) -> "Summary":
         """Reduce all of it to one vector on the device; the host does not wait."""
-        self._settle()
+        settle([self])
         total = pool(torch.cat([self._pooled, self._top[:, :5]]))
         std, skewness, kurtosis = shape_of(total)
         excluded = min(math.ceil(TOP_SHARE * self.rows), TOP_TOKENS)
         others = self._top[:, :5] * (1 - self._top[:, _FIRST, None])
         without_first = pool(torch.cat([self._pooled[:1], others]))
         without_top = pool(torch.cat([self._pooled[:1], others[excluded:]]))
-        absmax = self._totals.absmax.max().double()
+        absmax = self._absmax.max().double()
         quantiles, outliers = read_histogram(
-            self._totals.histogram,
+            self._histogram,
             tuple(QUANTILES.values()),
             total=total[_N],
             mean=total[_MEAN],
@@ -232,18 +240,16 @@ class TensorStats:
             "channel_rms_kurtosis": shape_of(moments_of(self.channel_rms))[2],
             "kurtosis_without_first_token": shape_of(without_first)[2],
             "kurtosis_without_top_tokens": shape_of(without_top)[2],
-            "nan_count": self._totals.nonfinite[0],
-            "inf_count": self._totals.nonfinite[1],
+            "nan_count": self._nonfinite[0],
+            "inf_count": self._nonfinite[1],
         }
         rms, channel = self.channel_rms.sort(descending=True, stable=True)
-        channels = torch.stack(
-            [channel.double(), self._totals.absmax[channel].double(), rms], dim=1
-        )
+        channels = torch.stack([channel.double(), self._absmax[channel].double(), rms], dim=1)
         tokens = self._top[:, _SEQUENCE:_ERRORS]
         vector = torch.cat(
             [
                 torch.stack([scalars[name] for name in _SCALARS]),
-                self._errors / self._totals.squares.sum(),
+                self._errors / self._squares.sum(),
                 self._top[:excluded, _ERRORS:].sum(0) / self._errors,
                 self._first_errors / self._errors,
                 channels[:TOP].flatten(),
@@ -265,32 +271,54 @@ class TensorStats:
         """Return squared quantization error over squared norm by format name; NaN for zeros."""
         return self.summary().errors()
 
-    def _settle(self) -> None:
-        """Take in the rows that are pending.
 
-        It costs some fifty small operations, which a GPU is spared until there is something to
-        settle them for: rows wait, in the order seen, until a summary or until they are many.
-        """
-        if not self._pending:
-            return
-        self._settled = True
-        rows = torch.cat([pending.table(self.device) for pending in self._pending])
-        self._pending = []
-        errors = rows[:, _ERRORS:]
-        # Not in place: what was gathered in inference mode may be settled outside of it.
-        self._errors = self._errors + errors.sum(0)
-        self._first_errors = self._first_errors + (errors * rows[:, _FIRST, None]).sum(0)
-        self._add_rows(rows)
+@torch.no_grad()
+def settle(stats: Sequence[TensorStats]) -> None:
+    """Take in the rows that are pending: pool them, or keep them while they are top tokens.
 
-    def _add_rows(self, rows: Tensor) -> None:
-        """Pool rows [rows, 9 + formats]; those among the top tokens are kept one by one."""
-        if self.operand == "input":
-            rows = torch.cat([self._top, rows])
-            rows = rows[rows[:, _ABSMAX].sort(descending=True, stable=True).indices]
-            self._top, rows = rows[:TOP_TOKENS], rows[TOP_TOKENS:]
-        first = rows[:, _FIRST, None]
-        split = torch.stack([rows[:, :5] * (1 - first), rows[:, :5] * first])
-        self._pooled = pool(torch.cat([self._pooled[:, None], split], dim=1))
+    Rows wait in the order seen, until a summary or until they are many, as this takes some fifty
+    small operations; they are done once for all tensors that saw as many rows in the same places.
+    """
+    groups: dict[Any, list[TensorStats]] = {}
+    for one in dict.fromkeys(stats):  # linears share what they are handed
+        if one._pending:
+            kinds = tuple(rows.kind for rows in one._pending)
+            alike = id(one) if None in kinds else 0
+            key = one.device, one.operand, len(one.formats), len(one._top), kinds, alike
+            groups.setdefault(key, []).append(one)
+    for group in groups.values():
+        device = group[0].device
+        found = torch.cat([rows.found.to(device) for one in group for rows in one._pending])
+        where = torch.cat([rows.places(device) for rows in group[0]._pending])
+        found = found.view(len(group), len(where), -1)
+        moments, absmax, errors = torch.split(found, [5, 1, found.shape[-1] - ROW], dim=-1)
+        rows = torch.cat([moments, where.expand(len(group), -1, -1), absmax, errors], dim=-1)
+        top, pooled = _kept(
+            group[0].operand,
+            torch.stack([one._top for one in group]),
+            torch.stack([one._pooled for one in group]),
+            rows,
+        )
+        sums = errors.sum(1), (errors * where[:, :1]).sum(1)
+        for one, kept, rest, error, first_error in zip(group, top, pooled, *sums, strict=True):
+            one._top, one._pooled, one._pending, one._settled = kept, rest, [], True
+            # Not in place: what was gathered in inference mode may be settled outside of it.
+            one._errors, one._first_errors = one._errors + error, one._first_errors + first_error
+
+
+def _kept(operand: Operand, top: Tensor, pooled: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the top tokens with `rows` among them, and what was pooled with those that are not.
+
+    top: [..., tokens, 9 + formats]; pooled: [..., 2, 5]; rows: [..., rows, 9 + formats].
+    """
+    if operand == "input":
+        rows = torch.cat([top, rows], dim=-2)
+        order = rows[..., _ABSMAX].sort(dim=-1, descending=True, stable=True).indices
+        rows = rows.gather(-2, order[..., None].expand_as(rows))
+        top, rows = rows[..., :TOP_TOKENS, :], rows[..., TOP_TOKENS:, :]
+    first = rows[..., _FIRST, None]
+    split = torch.stack([rows[..., :5] * (1 - first), rows[..., :5] * first], dim=-3)
+    return top, pool(torch.cat([pooled[..., None, :], split], dim=-2))
 
 
 @dataclass(frozen=True)

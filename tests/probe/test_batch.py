@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.formats import Operand, parse_formats
-from bitplan.probe.batch import EXTRAS, read, reset, settle, site_order, stack
+from bitplan.probe.batch import EXTRAS, read, reset, site_order, stack
 from bitplan.probe.stats import Summary, TensorStats
 
 FORMATS = parse_formats(["int4-g4", "int8-token", "int8-channel"])
@@ -88,17 +88,6 @@ def test_together_is_as_alone(
         assert one is not None
         assert_same(one[0], alone[i].summary())
         assert all(math.isnan(value) for value in one[1].values())
-
-
-def test_settled_together_is_settled_alone() -> None:
-    chunks = tensors("input", [8, 8, 8], 600, 2, seed=1)
-    stats = [stats_of("input", some) for some in chunks]
-    settle(stats)
-    for s, some in zip(stats, chunks, strict=True):
-        alone = stats_of("input", some)
-        alone._settle()
-        torch.testing.assert_close(s._top, alone._top, rtol=0, atol=0)
-        torch.testing.assert_close(s._pooled, alone._pooled, rtol=1e-12, atol=1e-9)
 
 
 def test_statistics_start_over_in_their_memory() -> None:

@@ -3,6 +3,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.formats import Format, parse_formats
-from bitplan.probe import histogram as bins
 from bitplan.probe import onepass_cpu
+from bitplan.probe.histogram import _BINS
 from bitplan.probe.moments import pool
-from bitplan.probe.onepass import Rows, Totals, eager, empty_totals, one_pass
+from bitplan.probe.onepass import ROW, eager, one_pass
+from bitplan.probe.totals import Totals, empty_totals
 
 TOLERANCE = 1e-3
 FORMATS = parse_formats(["int4-g128", "int8-g128", "int4-g32", "bf16", "int3-g16"])
@@ -34,7 +36,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 compiled = pytest.mark.skipif(
-    not onepass_cpu.available(torch.ones(1, 1)), reason="no C compiler was found"
+    not onepass_cpu.available(torch.device("cpu")), reason="no C compiler was found"
 )
 gpu = [
     pytest.mark.gpu,
@@ -45,7 +47,13 @@ PATHS = (
     pytest.param((one_pass, "cpu"), id="compiled", marks=compiled),
     pytest.param((one_pass, "cuda"), id="gpu", marks=gpu),
 )
-Path_ = tuple[Callable[[Tensor, tuple[Format, ...], Totals], Rows], str]
+Path_ = tuple[Callable[[Tensor, tuple[Format, ...], Totals], Tensor], str]
+
+
+class Rows(NamedTuple):
+    moments: Tensor
+    absmax: Tensor
+    errors: Tensor
 
 
 def run(path: Path_, chunks: list[Tensor], formats: tuple[Format, ...]) -> tuple[Rows, Totals]:
@@ -53,8 +61,8 @@ def run(path: Path_, chunks: list[Tensor], formats: tuple[Format, ...]) -> tuple
     read, device = path
     totals = empty_totals(chunks[0].shape[1], torch.device(device))
     found = [read(chunk.to(device), formats, totals) for chunk in chunks]
-    rows = Rows(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
-    return rows, Totals(*(total.cpu() for total in totals))
+    rows = torch.cat(found).cpu()
+    return Rows(rows[:, :5], rows[:, 5], rows[:, ROW:]), Totals(*(total.cpu() for total in totals))
 
 
 def central(values: np.ndarray) -> list[float]:
@@ -81,10 +89,10 @@ def naive_errors(x: np.ndarray, fmt: Format) -> np.ndarray:
 
 def naive_histogram(x: np.ndarray) -> np.ndarray:
     """The bins of histogram.py, [2, bins], by its description; the first ones are not compared."""
-    counts = np.zeros((2, bins.BINS), dtype=np.int64)
+    counts = np.zeros((2, _BINS), dtype=np.int64)
     mantissa, exponent = np.frexp(np.abs(x.astype(np.float64)))  # in [1/2, 1)
     place = (exponent + 63).astype(np.int64) * 1024 + np.floor((mantissa * 2 - 1) * 1024)
-    place = np.where(x == 0, 0, np.clip(place, 0, bins.BINS - 1)).astype(np.int64)
+    place = np.where(x == 0, 0, np.clip(place, 0, _BINS - 1)).astype(np.int64)
     np.add.at(counts, (np.signbit(x).astype(int), place), 1)
     return counts[:, 1:]
 
@@ -264,7 +272,7 @@ def test_compiling_can_be_declined(
     nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("BITPLAN_COMPILE", "0")
-    assert not onepass_cpu.available(torch.ones(2, 2))
+    assert not onepass_cpu.available(torch.device("cpu"))
     assert caplog.records == []
 
 
@@ -280,7 +288,7 @@ def test_compiled_once_and_kept(nothing_compiled: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(subprocess, "run", counted)
     for _ in range(2):
         onepass_cpu._library.cache_clear()
-        assert onepass_cpu.available(torch.ones(2, 2))
+        assert onepass_cpu.available(torch.device("cpu"))
     assert len(calls) == 1
     assert len(list(nothing_compiled.rglob("*"))) == 2  # the folder and the library
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitplan.formats import parse_format, parse_formats
 from bitplan.probe import onepass
 from bitplan.probe import stats as module
-from bitplan.probe.stats import TensorStats, fetch, tensor_stats, to_host
+from bitplan.probe.stats import TensorStats, fetch, settle, tensor_stats, to_host
 from bitplan.tables import ERRORS, PROFILE
 
 TOLERANCE = 1e-3
@@ -381,6 +381,32 @@ def test_a_weight_s_error_does_not_depend_on_blocks(
     whole = tensor_stats(x, [parse_format(name)])[name]
     monkeypatch.setattr(onepass, "_CPU_BLOCK", 200)
     assert tensor_stats(x, [parse_format(name)])[name] == pytest.approx(whole, rel=1e-6)
+
+
+def test_tensors_settle_together_as_they_do_alone() -> None:
+    def several() -> list[TensorStats]:
+        chunks = list(massive().split(3))
+        more = TensorStats(20, operand="input", formats=parse_formats(["int4-g32"]))
+        more.update(massive().reshape(-1, 20), positions=torch.arange(360) % 60)
+        inputs = [streamed([scale * c for c in chunks], "int4-g32") for scale in (1, 2, 3)]
+        return [*inputs, streamed(chunks[:1], "int4-g32"), more, streamed(chunks, operand="weight")]
+
+    together, alone = several(), several()
+    settle([*together, together[0]])
+    assert not any(stats._pending for stats in together)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.summary().vector, other.summary().vector)
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_rows_that_are_many_are_settled(limit: int) -> None:
+    want = streamed(list(massive().split(2))).row()
+    found = TensorStats(20, operand="input", pending_rows=limit)
+    for chunk in massive().split(2):
+        found.update(chunk)
+    assert sum(len(rows.found) for rows in found._pending) <= limit
+    assert found.row()["top_tokens"] == want["top_tokens"]
+    assert found.row()["kurtosis"] == pytest.approx(want["kurtosis"], rel=1e-12)
 
 
 @pytest.mark.parametrize("split", [1, 4, 6])
