@@ -119,7 +119,6 @@ class Recorder:
         self._evaluation = evaluation
         self._drift = drift
         self._merge_ranks = merge_ranks
-        self._is_due = False
         self._handle: Any = None
         self._clear()
         self._sites: list[tuple[Linear, Operand]] = []
@@ -158,7 +157,6 @@ class Recorder:
             self._observation = observe([item.module for item in inputs], self)
         if self.optimizer is not None:
             self._handle = self.optimizer.register_step_post_hook(self._after_optimizer)
-        self._is_due = (self.steps + 1) % self.every == 0
         return self
 
     def __exit__(
@@ -172,19 +170,17 @@ class Recorder:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        self._is_due = False
         self._clear()
 
     def step(self) -> None:
         """Mark the end of an optimizer step; record it if it is one of every `every`."""
         self.steps += 1
-        if self._is_due:
+        if self.steps % self.every == 0:
             self._record()
-        self._is_due = self._plain is not None and (self.steps + 1) % self.every == 0
 
     def see(self, index: int, x: Tensor, traced: bool) -> None:
         """Take note of a linear's input: what the hooks call (observe.Observer)."""
-        if not self._is_due or torch._C._current_graph_task_id() != _NO_BACKWARD:
+        if (self.steps + 1) % self.every or torch._C._current_graph_task_id() != _NO_BACKWARD:
             return
         assert self._plain is not None
         assert self._streams is not None
