@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(sort $(wildcard core/*.py probe/*.py planner/*.py qat/*.py reports/* core/embedded/*))
+SOURCES := $(sort $(wildcard core/*.py probe/*.py probe/*.c* planner/*.py qat/*.py reports/* core/embedded/*))
 
 .PHONY: help setup demo demo-smollm2 test check fix docs wheel clean
 

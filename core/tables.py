@@ -129,7 +129,7 @@ PROFILE = Table(
             "gate_up_correlation_max",
             pl.Float64,
             "",
-            "gate and up weights: largest |cosine| of matching rows",
+            "gate and up weights of a checkpoint: largest |cosine| of matching rows",
         ),
     ),
 )
@@ -174,6 +174,18 @@ ERRORS = Table(
         _c("format", pl.String, "", "number format, e.g. int4-g128"),
         _c("relative_error", pl.Float64, "", "squared quantization error over squared norm"),
         _c("sqnr_db", pl.Float64, "dB", "-10 log10(relative_error); null where it is 0"),
+        _c(
+            "top_tokens_error_share",
+            pl.Float64,
+            "share",
+            "inputs: share of the squared error in the 1 % of tokens with the largest |x|",
+        ),
+        _c(
+            "first_tokens_error_share",
+            pl.Float64,
+            "share",
+            "inputs: share of the squared error in the first tokens of sequences",
+        ),
     ),
 )
 

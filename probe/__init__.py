@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitplan.probe.callback import RecorderCallback
+    from bitplan.probe.lightning import LightningRecorderCallback
     from bitplan.probe.recorder import Recorder
     from bitplan.probe.stats import TensorStats, tensor_stats
+    from bitplan.probe.writers import TensorBoardWriter, WandbWriter
 
-__all__ = ["Recorder", "RecorderCallback", "TensorStats", "tensor_stats"]
+__all__ = [
+    "LightningRecorderCallback",
+    "Recorder",
+    "RecorderCallback",
+    "TensorBoardWriter",
+    "TensorStats",
+    "WandbWriter",
+    "tensor_stats",
+]
 
 _MODULES = {
+    "LightningRecorderCallback": "lightning",
     "Recorder": "recorder",
     "RecorderCallback": "callback",
+    "TensorBoardWriter": "writers",
     "TensorStats": "stats",
+    "WandbWriter": "writers",
     "tensor_stats": "stats",
 }
 

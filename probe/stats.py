@@ -16,7 +16,8 @@ the largest |x| are kept one by one, so that leaving them out subtracts nothing 
 tokens it is the top 1,024. Ties go to the token seen first.
 
 Errors. Squared quantization error over squared norm, squares in float32 (so |x| between 1e-15 and
-1e15), sums in float64. Formats with one scale per tensor take it from each chunk.
+1e15), sums in float64. Formats with one scale per tensor take it from each chunk. Each kept token
+keeps its squared errors, so that the share of the top 1 % of the tokens is known at the end.
 """
 
 import math
@@ -27,19 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitplan.formats import Format, Operand
-from bitplan.probe.histogram import add_to_histogram, empty_histogram, read_histogram
-from bitplan.probe.moments import moments_of, pool, row_moments, shape_of
-from bitplan.quantize import quantize_dequantize
+from bitplan.formats import Format, Operand, parse_format
+from bitplan.probe.histogram import read_histogram
+from bitplan.probe.moments import moments_of, pool, shape_of
+from bitplan.probe.onepass import ROW, one_pass
+from bitplan.probe.totals import Totals, empty_totals
 
 TOP = 8
 TOP_TOKENS = 1024
 TOP_SHARE = 0.01
 OUTLIER_SIGMAS = 6.0
+_PENDING_ROWS = 1 << 14
 QUANTILES = {"abs_p50": 0.5, "abs_p99": 0.99, "abs_p999": 0.999}
 
-_CPU_BLOCK = 1 << 18  # elements; the temporaries of a block stay in a core's cache
-_GPU_BLOCK = 1 << 26
 _SCALARS = (
     "count",
     "mean",
@@ -57,16 +58,52 @@ _SCALARS = (
     "inf_count",
 )
 _COUNTS = ("count", "nan_count", "inf_count")
-# Columns of a row that is kept: five of moments.py, its place, and its largest |x|.
+# Columns of a row that is kept: five of moments.py, its place, its largest |x|, and its squared
+# error in each format.
 _N, _MEAN = 0, 1
-_FIRST, _SEQUENCE, _ABSMAX = 5, 6, 8
+_FIRST, _SEQUENCE, _ABSMAX, _ERRORS = 5, 6, 8, 9
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a pass, and what tells their places: sequences of one length, or numbers."""
+
+    found: Tensor
+    length: int | None = None
+    start: int = 0  # number of the first sequence
+    positions: Tensor | None = None
+    sequences: Tensor | None = None
+
+    def after(self, sequences: int) -> "_Rows":
+        """Return the same rows, seen after so many sequences."""
+        return replace(self, start=self.start + sequences)
+
+    @property
+    def kind(self) -> tuple[int, ...] | None:
+        """What rows have in common whose places are the same; None where places were given."""
+        if self.positions is not None or self.sequences is not None:
+            return None
+        return len(self.found), self.length or 0, self.start
+
+    def places(self, device: torch.device) -> Tensor:
+        """Say which rows are first tokens, with sequence and position, [rows, 3]."""
+        if self.length is not None:
+            order = torch.arange(len(self.found), device=device)
+            position, sequence = order % self.length, order // self.length + self.start
+        else:
+            unknown = torch.full((len(self.found),), -1, device=device)
+            position = unknown if self.positions is None else self.positions.flatten().to(device)
+            sequence = unknown if self.sequences is None else self.sequences.flatten().to(device)
+            sequence = sequence + self.start * (sequence >= 0)
+        return torch.stack([position == 0, sequence, position], dim=1).double()
 
 
 class TensorStats:
     """Statistics of one tensor, an input or a weight, gathered chunk by chunk on its device.
 
     `channel_absmax` and `channel_rms` are [in_features]; everything else comes from `row`,
-    `errors` or, many tensors at a time, from `summary` and `to_host`.
+    `errors` or, many tensors at a time, from `summary` and `to_host`. pending_rows: how many rows
+    wait to be settled (`settle`).
     """
 
     def __init__(
@@ -76,25 +113,32 @@ class TensorStats:
         operand: Operand,
         formats: Sequence[Format] = (),
         device: torch.device | str = "cpu",
+        pending_rows: int = _PENDING_ROWS,
     ) -> None:
         self.in_features = in_features
         self.operand: Operand = operand
         self.formats = tuple(fmt for fmt in formats if fmt.applies_to(operand))
         self.device = torch.device(device)
+        self.pending_rows = pending_rows
         self.rows = 0
         self.sequences = 0
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
+        self._histogram, self._absmax, self._squares, self._counts, self._nonfinite = empty_totals(
+            in_features, self.device
+        )
+        self._pending: list[_Rows] = []  # seen, and in nothing of what follows: see settle
+        self._settled = False
         self._pooled = zeros(2, 5)  # moments of the tokens not kept: the others, the first ones
-        self._top = zeros(0, 9)  # the tokens kept, by falling |x|
-        self._histogram = empty_histogram(self.device)
-        self._absmax = zeros(in_features, dtype=torch.float32)
-        self._squares = zeros(in_features)
-        self._counts = zeros(in_features)
-        self._nonfinite = zeros(2)  # NaN, infinite
-        self._errors = zeros(len(self.formats))
+        self._top = zeros(0, _ERRORS + len(self.formats))  # the tokens kept, by falling |x|
+        # Squared error by format: of all tokens, of first ones.
+        self._errors, self._first_errors = zeros(2, len(self.formats))
+
+    @property
+    def _totals(self) -> Totals:
+        return Totals(self._histogram, self._absmax, self._squares, self._counts, self._nonfinite)
 
     @property
     def channel_absmax(self) -> Tensor:
@@ -119,24 +163,16 @@ class TensorStats:
         rows = x.detach().reshape(-1, self.in_features)
         if rows.shape[0] == 0:
             return
-        where = self._places(x, rows.shape[0], positions, sequences)
-        size = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // self.in_features)
-        tensor_wide = [fmt.granularity == "tensor" or fmt.kind == "nvfp4" for fmt in self.formats]
-        moments = []
-        for block in torch.split(rows, size):
-            clean, valid = self._clean(block.float())
-            moments.append(row_moments(clean, valid))
-            self._add_channels(clean, valid)
-            for i, fmt in enumerate(self.formats):
-                if not tensor_wide[i]:
-                    self._errors[i] += _squared_error(clean, fmt)
-        for i, fmt in enumerate(self.formats):
-            if tensor_wide[i]:
-                whole = rows.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-                self._errors[i] += _squared_error(whole, fmt)
+        found = one_pass(rows, self.formats, self._totals)
+        if positions is None and self.operand == "input" and x.dim() == 3:
+            pending = _Rows(found, length=x.shape[1], start=self.sequences)
+            self.sequences += x.shape[0]
+        else:
+            pending = _Rows(found, positions=positions, sequences=sequences)
+        self._pending.append(pending)
         self.rows += rows.shape[0]
-        found, absmax = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        self._add_rows(torch.cat([found, where, absmax[:, None]], dim=1))
+        if sum(len(pending.found) for pending in self._pending) > self.pending_rows:
+            settle([self])
 
     def merge(self, other: "TensorStats") -> None:
         """Take in what `other` has seen, as if its chunks had come after those seen here."""
@@ -146,14 +182,20 @@ class TensorStats:
             self.formats,
         ):
             raise ValueError("only statistics of one shape, operand and formats merge")
-        top = other._top.to(self.device, copy=True)
-        top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
-        self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
-        self._add_rows(top)
-        self._histogram += other._histogram.to(self.device)
-        self._absmax = torch.maximum(self._absmax, other._absmax.to(self.device))
-        for name in ("_squares", "_counts", "_nonfinite", "_errors"):
-            setattr(self, name, getattr(self, name) + getattr(other, name).to(self.device))
+        if other._settled:
+            settle([self])
+            top = other._top.to(self.device, copy=True)
+            top[:, _SEQUENCE] += self.sequences * (top[:, _SEQUENCE] >= 0)
+            self._pooled = pool(torch.stack([self._pooled, other._pooled.to(self.device)], dim=1))
+            self._top, self._pooled = _kept(self.operand, self._top, self._pooled, top)
+            self._errors += other._errors.to(self.device)
+            self._first_errors += other._first_errors.to(self.device)
+        self._pending += [rows.after(self.sequences) for rows in other._pending]
+        theirs = Totals(*(total.to(self.device) for total in other._totals))
+        torch.maximum(self._absmax, theirs.absmax, out=self._absmax)
+        for mine, added in zip(self._totals, theirs, strict=True):
+            if mine is not self._absmax:
+                mine += added
         self.rows += other.rows
         self.sequences += other.sequences
 
@@ -169,6 +211,7 @@ class TensorStats:
     @torch.no_grad()
     def summary(self) -> "Summary":
         """Reduce all of it to one vector on the device; the host does not wait."""
+        settle([self])
         total = pool(torch.cat([self._pooled, self._top[:, :5]]))
         std, skewness, kurtosis = shape_of(total)
         excluded = min(math.ceil(TOP_SHARE * self.rows), TOP_TOKENS)
@@ -202,11 +245,13 @@ class TensorStats:
         }
         rms, channel = self.channel_rms.sort(descending=True, stable=True)
         channels = torch.stack([channel.double(), self._absmax[channel].double(), rms], dim=1)
-        tokens = self._top[:, _SEQUENCE:]
+        tokens = self._top[:, _SEQUENCE:_ERRORS]
         vector = torch.cat(
             [
                 torch.stack([scalars[name] for name in _SCALARS]),
                 self._errors / self._squares.sum(),
+                self._top[:excluded, _ERRORS:].sum(0) / self._errors,
+                self._first_errors / self._errors,
                 channels[:TOP].flatten(),
                 tokens[:TOP].flatten(),
             ]
@@ -226,49 +271,54 @@ class TensorStats:
         """Return squared quantization error over squared norm by format name; NaN for zeros."""
         return self.summary().errors()
 
-    def _places(
-        self, x: Tensor, rows: int, positions: Tensor | None, sequences: Tensor | None
-    ) -> Tensor:
-        """Say which rows are first tokens, with sequence and position: [rows, 3]."""
-        if positions is None and self.operand == "input" and x.dim() == 3:
-            batch, length = x.shape[:2]
-            order = torch.arange(rows, device=self.device)
-            positions = order % length
-            sequences = order // length + self.sequences
-            self.sequences += batch
-        unknown = torch.full((rows,), -1, device=self.device)
-        position = unknown if positions is None else positions.reshape(-1).to(self.device)
-        sequence = unknown if sequences is None else sequences.reshape(-1).to(self.device)
-        return torch.stack([position == 0, sequence, position], dim=1).double()
 
-    def _clean(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return `x` with zeros for NaN and infinities, and which elements are finite.
+@torch.no_grad()
+def settle(stats: Sequence[TensorStats]) -> None:
+    """Take in the rows that are pending: pool them, or keep them while they are top tokens.
 
-        On a CPU, where looking costs no wait, None stands for all of them.
-        """
-        if x.device.type == "cpu" and bool(torch.isfinite(x.sum(-1)).all()):
-            return x, None
-        valid = torch.isfinite(x)
-        self._nonfinite += torch.stack([x.isnan().sum(), x.isinf().sum()])
-        return torch.where(valid, x, 0), valid
+    Rows wait in the order seen, until a summary or until they are many, as this takes some fifty
+    small operations; they are done once for all tensors that saw as many rows in the same places.
+    """
+    groups: dict[Any, list[TensorStats]] = {}
+    for one in dict.fromkeys(stats):  # linears share what they are handed
+        if one._pending:
+            kinds = tuple(rows.kind for rows in one._pending)
+            alike = id(one) if None in kinds else 0
+            key = one.device, one.operand, len(one.formats), len(one._top), kinds, alike
+            groups.setdefault(key, []).append(one)
+    for group in groups.values():
+        device = group[0].device
+        found = torch.cat([rows.found.to(device) for one in group for rows in one._pending])
+        where = torch.cat([rows.places(device) for rows in group[0]._pending])
+        found = found.view(len(group), len(where), -1)
+        moments, absmax, errors = torch.split(found, [5, 1, found.shape[-1] - ROW], dim=-1)
+        rows = torch.cat([moments, where.expand(len(group), -1, -1), absmax, errors], dim=-1)
+        top, pooled = _kept(
+            group[0].operand,
+            torch.stack([one._top for one in group]),
+            torch.stack([one._pooled for one in group]),
+            rows,
+        )
+        sums = errors.sum(1), (errors * where[:, :1]).sum(1)
+        for one, kept, rest, error, first_error in zip(group, top, pooled, *sums, strict=True):
+            one._top, one._pooled, one._pending, one._settled = kept, rest, [], True
+            # Not in place: what was gathered in inference mode may be settled outside of it.
+            one._errors, one._first_errors = one._errors + error, one._first_errors + first_error
 
-    def _add_channels(self, x: Tensor, valid: Tensor | None) -> None:
-        """Add a block to the channels' extremes and squares, and to the histogram."""
-        magnitude = x.abs()
-        torch.maximum(self._absmax, magnitude.amax(0), out=self._absmax)
-        self._squares += (x * x).sum(0)
-        self._counts += x.shape[0] if valid is None else valid.sum(0)
-        add_to_histogram(self._histogram, x, magnitude)
 
-    def _add_rows(self, rows: Tensor) -> None:
-        """Pool rows [rows, 9], or keep them one by one while they are among the top tokens."""
-        if self.operand == "input":
-            rows = torch.cat([self._top, rows])
-            rows = rows[rows[:, _ABSMAX].sort(descending=True, stable=True).indices]
-            self._top, rows = rows[:TOP_TOKENS], rows[TOP_TOKENS:]
-        first = rows[:, _FIRST, None]
-        split = torch.stack([rows[:, :5] * (1 - first), rows[:, :5] * first])
-        self._pooled = pool(torch.cat([self._pooled[:, None], split], dim=1))
+def _kept(operand: Operand, top: Tensor, pooled: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the top tokens with `rows` among them, and what was pooled with those that are not.
+
+    top: [..., tokens, 9 + formats]; pooled: [..., 2, 5]; rows: [..., rows, 9 + formats].
+    """
+    if operand == "input":
+        rows = torch.cat([top, rows], dim=-2)
+        order = rows[..., _ABSMAX].sort(dim=-1, descending=True, stable=True).indices
+        rows = rows.gather(-2, order[..., None].expand_as(rows))
+        top, rows = rows[..., :TOP_TOKENS, :], rows[..., TOP_TOKENS:, :]
+    first = rows[..., _FIRST, None]
+    split = torch.stack([rows[..., :5] * (1 - first), rows[..., :5] * first], dim=-3)
+    return top, pool(torch.cat([pooled[..., None, :], split], dim=-2))
 
 
 @dataclass(frozen=True)
@@ -295,7 +345,7 @@ class Summary:
         row["max_over_rms"] = _ratio(row["absmax"], row.pop("rms"))
         if self.tokens is None:
             row["kurtosis_without_first_token"] = row["kurtosis_without_top_tokens"] = None
-        start = len(_SCALARS) + len(self.formats)
+        start = len(_SCALARS) + 3 * len(self.formats)
         end = start + 3 * self.channels
         row["top_channels"] = [
             {"channel": int(channel), "absmax": absmax, "rms": rms}
@@ -314,14 +364,20 @@ class Summary:
         return dict(zip(self.formats, values, strict=True))
 
     def error_rows(self) -> list[dict[str, Any]]:
-        """Return the columns `format`, `relative_error` and `sqnr_db` of tables.ERRORS."""
+        """Return the columns of tables.ERRORS that are of the tensor alone."""
+        start, count = len(_SCALARS), len(self.formats)
+        top, first = self.vector[start + count : start + 3 * count].view(2, count).tolist()
         return [
             {
                 "format": name,
                 "relative_error": _finite(error),
                 "sqnr_db": -10 * math.log10(error) if error > 0 else None,
+                "top_tokens_error_share": None if self.tokens is None else _finite(top_share),
+                "first_tokens_error_share": None if self.tokens is None else _finite(first_share),
             }
-            for name, error in self.errors().items()
+            for (name, error), top_share, first_share in zip(
+                self.errors().items(), top, first, strict=True
+            )
         ]
 
 
@@ -342,24 +398,17 @@ def fetch(vectors: Sequence[Tensor]) -> list[Tensor]:
     return [on_host[i] for i in range(len(vectors))]
 
 
-def tensor_stats(tensor: Tensor, formats: Iterable[Format] = ()) -> dict[str, Any]:
+def tensor_stats(tensor: Tensor, formats: Iterable[Format | str] = ()) -> dict[str, Any]:
     """Return the statistic columns of tables.PROFILE for one tensor [..., in_features].
 
-    Each format name that applies to a weight is a key too, with the relative quantization error.
+    formats: formats or their names; each that applies to a weight is a key too, with the relative
+    quantization error.
     """
-    found = TensorStats(
-        tensor.shape[-1], operand="weight", formats=tuple(formats), device=tensor.device
-    )
+    parsed = [parse_format(fmt) if isinstance(fmt, str) else fmt for fmt in formats]
+    found = TensorStats(tensor.shape[-1], operand="weight", formats=parsed, device=tensor.device)
     found.update(tensor)
     summary = found.summary()
     return summary.row() | summary.errors()
-
-
-def _squared_error(x: Tensor, fmt: Format) -> Tensor:
-    """Return the summed squared quantization error of `x`, float64."""
-    if not fmt.is_quantized:
-        return x.new_zeros((), dtype=torch.float64)
-    return (quantize_dequantize(x, fmt) - x).square_().sum(-1).sum(dtype=torch.float64)
 
 
 def _triples(values: Sequence[float]) -> Iterable[tuple[float, float, float]]:

@@ -227,16 +227,16 @@ def gate_up_alignment(weight: Tensor, other: Tensor | None = None) -> dict[str, 
     block = _BLOCK if gate.device.type == "cpu" else _GPU_BLOCK
     size = max(1, block // gate.shape[1])
     pairs = zip(torch.split(gate, size), torch.split(up, size), strict=True)
-    cosines = torch.cat([_cosines(g.float(), u.float()) for g, u in pairs]).abs()
+    cosines = torch.cat([row_cosines(g, u) for g, u in pairs])
     return {"gate_up_correlation": cosines.mean(), "gate_up_correlation_max": cosines.max()}
 
 
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of matching rows, 0 where one of them is zero: [rows]."""
-    dot = torch.linalg.vecdot
+def row_cosines(gate: Tensor, up: Tensor) -> Tensor:
+    """Return |cosine| of matching rows [..., in_features] of gate and up, 0 beside a zero row."""
+    dot, a, b = torch.linalg.vecdot, gate.float(), up.float()
     lengths = dot(a, a).sqrt() * dot(b, b).sqrt()
     cosines: Tensor = dot(a, b) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-    return cosines
+    return cosines.abs()
 
 
 class _Reader:

@@ -1,5 +1,6 @@
 """The examples run as a user would run them, and what they write is right."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,21 +14,32 @@ from bitplan.tables import ERRORS, PROFILE
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize(
-    ("name", "formats"),
-    [("record_training", ["int4-g32", "int8-token"]), ("trainer_callback", ["int4-g32"])],
-)
-def test_example(name: str, formats: list[str], tmp_path: Path) -> None:
+def run(name: str, directory: Path) -> str:
+    """Run an example that writes to directory/out; return what it prints."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), str(tmp_path / "out")],
+        [sys.executable, str(EXAMPLES / f"{name}.py"), str(directory / "out")],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "stats.parquet" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("record_training", ["int4-g32", "int8-token"]),
+        ("trainer_callback", ["int4-g32"]),
+        ("lightning_callback", ["int4-g32"]),
+    ],
+)
+def test_example(name: str, formats: list[str], tmp_path: Path) -> None:
+    if name == "lightning_callback":
+        pytest.importorskip("lightning", reason="needs bitplan[lightning]")
+    assert "stats.parquet" in run(name, tmp_path)
     stats = pl.read_parquet(tmp_path / "out" / "stats.parquet")
     errors = pl.read_parquet(tmp_path / "out" / "errors.parquet")
     assert dict(stats.schema) == PROFILE.schema
@@ -46,3 +58,12 @@ def test_example(name: str, formats: list[str], tmp_path: Path) -> None:
         first = drift.filter(step=5)["drift"].to_list()
         last = drift.filter(step=20)["drift"].to_list()
         assert all(0 < a < b for a, b in zip(first, last, strict=True))
+
+
+def test_dashboards(tmp_path: Path) -> None:
+    printed = run("dashboards", tmp_path)
+    written = {"tensorboard": "*tfevents*", "wandb": "*.wandb"}
+    for package, pattern in written.items():
+        installed = importlib.util.find_spec(package) is not None
+        assert bool(list((tmp_path / "out").rglob(pattern))) == installed
+        assert (f"bitplan[{package}]" in printed) != installed

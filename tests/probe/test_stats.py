@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.formats import parse_format, parse_formats
+from bitplan.probe import onepass
 from bitplan.probe import stats as module
-from bitplan.probe.stats import TensorStats, fetch, tensor_stats, to_host
+from bitplan.probe.stats import TensorStats, fetch, settle, tensor_stats, to_host
 from bitplan.tables import ERRORS, PROFILE
 
 TOLERANCE = 1e-3
@@ -329,7 +330,7 @@ def test_rows_in_any_order_with_given_places() -> None:
 
 def test_rows_without_places_have_no_first_token() -> None:
     row = streamed([massive().reshape(-1, 20)]).row()
-    assert row["kurtosis_without_first_token"] == row["kurtosis"]
+    assert row["kurtosis_without_first_token"] == pytest.approx(row["kurtosis"], rel=1e-12)
     assert {t["position"] for t in row["top_tokens"]} == {-1}
 
 
@@ -378,8 +379,52 @@ def test_a_weight_s_error_does_not_depend_on_blocks(
 ) -> None:
     x = make("heavy tails", (40, 64))
     whole = tensor_stats(x, [parse_format(name)])[name]
-    monkeypatch.setattr(module, "_CPU_BLOCK", 200)
+    monkeypatch.setattr(onepass, "_CPU_BLOCK", 200)
     assert tensor_stats(x, [parse_format(name)])[name] == pytest.approx(whole, rel=1e-6)
+
+
+def test_tensors_settle_together_as_they_do_alone() -> None:
+    def several() -> list[TensorStats]:
+        chunks = list(massive().split(3))
+        more = TensorStats(20, operand="input", formats=parse_formats(["int4-g32"]))
+        more.update(massive().reshape(-1, 20), positions=torch.arange(360) % 60)
+        inputs = [streamed([scale * c for c in chunks], "int4-g32") for scale in (1, 2, 3)]
+        return [*inputs, streamed(chunks[:1], "int4-g32"), more, streamed(chunks, operand="weight")]
+
+    together, alone = several(), several()
+    settle([*together, together[0]])
+    assert not any(stats._pending for stats in together)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.summary().vector, other.summary().vector)
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_rows_that_are_many_are_settled(limit: int) -> None:
+    want = streamed(list(massive().split(2))).row()
+    found = TensorStats(20, operand="input", pending_rows=limit)
+    for chunk in massive().split(2):
+        found.update(chunk)
+    assert sum(len(rows.found) for rows in found._pending) <= limit
+    assert found.row()["top_tokens"] == want["top_tokens"]
+    assert found.row()["kurtosis"] == pytest.approx(want["kurtosis"], rel=1e-12)
+
+
+@pytest.mark.parametrize("split", [1, 4, 6])
+def test_the_share_of_the_error_that_tokens_carry(split: int) -> None:
+    x = massive()
+    rows = streamed(list(x.split(split)), "int4-g32,bf16").summary().error_rows()
+    tokens = x.reshape(-1, x.shape[-1])
+    errors = np.array([naive_error(t, 4, 32) * float(t.double().square().sum()) for t in tokens])
+    order = np.argsort(-tokens.abs().amax(1).numpy(), kind="stable")
+    # The first tokens are the six largest, and 1 % of 360 tokens are four of them.
+    first = errors[:: x.shape[1]].sum() / errors.sum()
+    top = errors[order[:4]].sum() / errors.sum()
+    assert 0.5 < top < first < 1
+    assert rows[0]["first_tokens_error_share"] == pytest.approx(first, rel=TOLERANCE)
+    assert rows[0]["top_tokens_error_share"] == pytest.approx(top, rel=TOLERANCE)
+    assert rows[1]["top_tokens_error_share"] is None  # no error to share
+    weight = streamed([x], "int4-g32", "weight").summary().error_rows()[0]
+    assert weight["top_tokens_error_share"] is weight["first_tokens_error_share"] is None
 
 
 def test_formats_of_the_other_operand_are_left_out() -> None:
@@ -443,6 +488,7 @@ def test_to_host_keeps_the_order() -> None:
 def test_tensor_stats_of_one_tensor() -> None:
     x = make("normal", (30, 64))
     found = tensor_stats(x, parse_formats(["int4-g32"]))
+    assert found == tensor_stats(x, ["int4-g32"])
     assert_agrees(found, x)
     assert found["int4-g32"] == pytest.approx(naive_error(x, 4, 32), rel=TOLERANCE)
 

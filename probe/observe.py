@@ -1,0 +1,122 @@
+"""Forward hooks that torch.compile keeps in its graph.
+
+A hook that runs Python would break the graph at every linear, and one that looks at a Python flag
+would compile every state of the flag. So a traced hook leaves one operator in the graph,
+`bitplan::observe`, which at run time calls whoever observes the module at that moment, or nobody:
+skipping costs a dictionary look-up. Without torch.compile the hook makes that call itself.
+
+    token  the operator returns nothing, so it changes a tensor that keeps it from being dropped or
+           reordered; that this tensor is on the CPU also keeps graphs with it out of CUDA graphs
+    key    names the module to the operator, as a constant of the graph. A module keeps its keys, so
+           a graph traced for one observer serves the next
+
+torch.compile does not notice hooks that come after it compiled, so `observe` makes it start over.
+"""
+
+import itertools
+import sys
+import weakref
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Observer(Protocol):
+    """What is told of the inputs of modules."""
+
+    def see(self, index: int, x: Tensor, traced: bool) -> None:
+        """Take note of an input of the module `index`; it is only lent."""
+
+
+class Observation:
+    """Hooks on modules, and the keys under which their inputs are delivered."""
+
+    def __init__(self, keys: list[int], handles: list[Any]) -> None:
+        self._keys = keys
+        self._handles = handles
+
+    def stop(self) -> None:
+        """Remove the hooks; what they left in compiled graphs does nothing from now on."""
+        for handle in self._handles:
+            handle.remove()
+        for key in self._keys:
+            del _OBSERVERS[key]
+        self._keys, self._handles = [], []
+
+
+_OBSERVERS: dict[int, tuple[weakref.ref[Observer], int]] = {}
+_KEYS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+_NEW_KEYS = itertools.count()
+
+
+def observe(modules: Sequence[nn.Module], observer: Observer) -> Observation:
+    """Call `observer.see` with the first argument of every call of the modules, until `stop`."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    token = _token()
+    keys, handles = [], []
+    for index, module in enumerate(modules):
+        key = _free_key(module)
+        _OBSERVERS[key] = (weakref.ref(observer), index)
+        hook = partial(_hook, key, token)
+        keys.append(key)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    return Observation(keys, handles)
+
+
+def _hook(
+    key: int, token: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    x = args[0] if args else next(iter(kwargs.values()))
+    if torch.compiler.is_compiling():
+        torch.ops.bitplan.observe(as_multiplied(x).detach(), token, key)
+    else:
+        _deliver(key, x, traced=False)
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """Return an input in the dtype that autocast multiplies it in.
+
+    A compiled graph has this tensor anyway, while one of the original would be kept for us alone.
+    """
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind):
+        return x
+    if torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _deliver(key: int, x: Tensor, traced: bool) -> None:
+    found = _OBSERVERS.get(key)
+    observer = found[0]() if found is not None else None
+    if found is not None and observer is not None:
+        observer.see(found[1], x, traced)
+
+
+def _free_key(module: nn.Module) -> int:
+    keys = _KEYS.setdefault(module, [])
+    free = next((key for key in keys if key not in _OBSERVERS), None)
+    if free is None:
+        free = next(_NEW_KEYS)
+        keys.append(free)
+    return free
+
+
+@cache
+def _token() -> Tensor:
+    """Define the operator, once; return the tensor that it says it changes."""
+    library: Any = torch.library.Library("bitplan", "DEF")  # type: ignore[no-untyped-call]
+    library.define("observe(Tensor x, Tensor(a!) token, int key) -> ()")
+    library.impl(
+        "observe",
+        lambda x, token, key: _deliver(key, x, traced=True),
+        "CompositeExplicitAutograd",
+    )
+    torch.library.register_fake("bitplan::observe", lambda x, token, key: None, lib=library)
+    _token.library = library  # type: ignore[attr-defined]  # the definition goes with the object
+    with torch.inference_mode(False):
+        return torch.zeros((), device="cpu")

@@ -1,0 +1,298 @@
+"""The one pass on an NVIDIA GPU: onepass.cu, compiled while running and launched twice per tensor.
+
+CUDA C++ and not Triton: a histogram exact for bfloat16 needs 25 thousand counters in shared memory
+that every warp adds to, and clamping by a saturated product, packed 16-bit maxima and sums on the
+matrix units are instructions that Triton does not let one choose.
+
+NVRTC, which comes with torch, compiles one variant per dtype, format list and width class, in about
+a second, once per process. A launch fills one struct and never waits. Needed: a device that gives a
+block 204 KB of shared memory (Hopper and later data-center GPUs). On others a warning says so once
+and onepass.py falls back on torch operations; BITPLAN_COMPILE=0 asks for that, without a warning.
+"""
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitplan.formats import Format
+from bitplan.probe.histogram import _BINS, _LOWEST, _SHIFT
+from bitplan.probe.totals import Totals
+
+_SOURCE = Path(__file__).with_name("onepass.cu")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WARPS = 16
+_SHARED_BYTES = 2048 + 4 * (2 << 14) + _WARPS * 32 * 36 * 4  # as onepass.cu lays it out
+_ROWS_PER_WARP = 4  # fewer do not pay for a block's own histogram
+_JOIN_THREADS, _JOINERS = 256, 8
+
+_log = logging.getLogger(__name__)
+
+
+class _Pass(ctypes.Structure):
+    """The struct `Pass` of onepass.cu."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x",
+                "parts",
+                "squares_parts",
+                "absmax_parts",
+                "found",
+                "histogram",
+                "absmax",
+                "squares",
+                "counts",
+                "nonfinite",
+            )
+        ),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("width", "segments", "chunks", "row_blocks")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What a kernel is compiled for."""
+
+    dtype: torch.dtype
+    vectors: int
+    aligned: bool
+    formats: tuple[Format, ...]
+
+    @property
+    def lane_elements(self) -> int:
+        """Elements in the 16 bytes that a lane reads at a time."""
+        return 16 // self.dtype.itemsize
+
+    @property
+    def segment(self) -> int:
+        """Channels of a block."""
+        return 32 * self.lane_elements * self.vectors
+
+    def source(self) -> str:
+        """Return the source with its constants."""
+        constants = {
+            "DTYPE": _DTYPES[self.dtype],
+            "VECTORS": self.vectors,
+            "ALIGNED": int(self.aligned),
+            "FORMATS": len(self.formats),
+            "HALVES": ", ".join(f"{2.0 ** (fmt.bits - 1)}f" for fmt in self.formats) or "0",
+            "LANES": ", ".join(
+                str((fmt.group_size or 0) // self.lane_elements) for fmt in self.formats
+            )
+            or "0",
+            "SHIFT": _SHIFT,
+            "LOWEST": _LOWEST,
+            "BINS": _BINS,
+            "WARPS": _WARPS,
+        }
+        lines = [f"#define {name} {value}" for name, value in constants.items()]
+        return "\n".join([*lines, "#line 1", _SOURCE.read_text()])
+
+
+def fuses(fmt: Format, dtype: torch.dtype) -> bool:
+    """Whether the pass measures this format: integers whose groups lie within a warp."""
+    sizes = {16 // dtype.itemsize << i for i in range(6)}
+    return fmt.kind == "int" and fmt.granularity == "group" and fmt.group_size in sizes
+
+
+def available(device: torch.device) -> bool:
+    """Whether there is compiled code for the device; the first call warns where there is not."""
+    return _usable(device.index or 0)
+
+
+def one_pass(x: Tensor, formats: tuple[Format, ...], totals: Totals) -> Tensor:
+    """Do what onepass.one_pass says, for formats that this code `fuses`."""
+    x = x.contiguous()
+    rows, width = x.shape
+    index, address = x.device.index, x.data_ptr()
+    plan = _plan(x.dtype, width, address % 16 == 0, formats, index)
+    chunks = max(1, min(plan.chunks, rows // (_WARPS * _ROWS_PER_WARP)))
+    row_blocks = -(-_JOINERS * rows // _JOIN_THREADS)
+    record = 6 + len(formats)
+    partial = rows * plan.segments * (record + record % 2)
+    # The segments of rows, the chunks of channels' squares, and of their extremes, in float32.
+    parts = torch.empty(partial + 2 * chunks * width, dtype=torch.float64, device=x.device)
+    found = torch.empty(rows, record, dtype=torch.float64, device=x.device)
+    at = parts.data_ptr()
+    arguments = _Pass(
+        address,
+        at,
+        at + 8 * partial,
+        at + 8 * (partial + chunks * width),
+        found.data_ptr(),
+        *(total.data_ptr() for total in totals),
+        rows,
+        width,
+        plan.segments,
+        chunks,
+        row_blocks,
+    )
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    grid = (row_blocks + -(-width // _JOIN_THREADS), 1)
+    with torch.cuda.device(index):
+        stream = torch.cuda.current_stream(index).cuda_stream
+        _launch(plan.read, (plan.segments, chunks), 32 * _WARPS, _SHARED_BYTES, stream, pointers)
+        _launch(plan.join, grid, _JOIN_THREADS, 0, stream, pointers)
+    if plan.places is None:
+        return found
+    return torch.stack([found[:, place] for place in plan.places], 1)  # an index would make it wait
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How tensors of one width, dtype and format list are read on one device."""
+
+    read: ctypes.c_void_p
+    join: ctypes.c_void_p
+    segments: int
+    chunks: int  # at the most
+    places: list[int] | None  # of a row's columns in the kernel's order, where that differs
+
+
+@cache
+def _plan(
+    dtype: torch.dtype, width: int, aligned: bool, formats: tuple[Format, ...], index: int
+) -> _Plan:
+    # By rising group size, as the kernel widens one reduction from each to the next.
+    order = sorted(range(len(formats)), key=lambda i: formats[i].group_size or 0)
+    variant = _Variant(
+        dtype=dtype,
+        vectors=_vectors(width, 512 // dtype.itemsize),
+        aligned=aligned and width * dtype.itemsize % 16 == 0,
+        formats=tuple(formats[i] for i in order),
+    )
+    read, join = _kernels(variant, index)
+    segments = -(-width // variant.segment)
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count
+    places = [*range(6), *(6 + order.index(i) for i in range(len(order)))]
+    return _Plan(
+        read=read,
+        join=join,
+        segments=segments,
+        chunks=max(1, blocks // segments),
+        places=places if places != sorted(places) else None,
+    )
+
+
+def _vectors(width: int, step: int) -> int:
+    """Return how many times 16 bytes a lane takes of a row: what pads least, then the most."""
+    return min((4, 2, 1), key=lambda vectors: (-(-width // (step * vectors)) * vectors, -vectors))
+
+
+@cache
+def _usable(index: int) -> bool:
+    """Say whether the device and the libraries will do; warn where not."""
+    if os.environ.get("BITPLAN_COMPILE") == "0":
+        return False
+    try:
+        if torch.version.hip:
+            raise OSError("no NVIDIA device")
+        # Not in torch's type stubs.
+        properties: Any = torch.cuda.get_device_properties(index)
+        shared = properties.shared_memory_per_block_optin
+        if shared < _SHARED_BYTES:
+            raise OSError(f"blocks get {shared:,} bytes of shared memory, not {_SHARED_BYTES:,}")
+        _driver(), _nvrtc()
+    except OSError as error:
+        _log.warning(
+            "statistics on GPU %d run some hundred times slower, in torch operations: %s "
+            "(BITPLAN_COMPILE=0 runs them so without this warning)",
+            index,
+            error,
+        )
+        return False
+    return True
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    driver = ctypes.CDLL("libcuda.so.1")
+    word, pointer = ctypes.c_uint, ctypes.c_void_p
+    driver.cuLaunchKernel.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
+    return driver
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """Load NVRTC: what torch has loaded or the system has, else from the wheel torch depends on."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '0').split('.')[0]}"
+    site = Path(torch.__file__).parents[1]
+    for candidate in (name, *map(str, sorted(site.glob(f"nvidia/*/lib/{name}")))):
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    raise OSError(f"{name} was found neither in the library path nor beside torch")
+
+
+@cache
+def _kernels(variant: _Variant, index: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    """Compile a variant for a device, and return its two functions."""
+    driver = _driver()
+    module = ctypes.c_void_p()
+    major, minor = torch.cuda.get_device_capability(index)
+    cubin = _cubin(variant, f"sm_{major}{minor}")
+    found = []
+    with torch.cuda.device(index):
+        _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
+    for name in (b"read_tensor", b"join_parts"):
+        function = ctypes.c_void_p()
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name))
+        found.append(function)
+    dynamic_shared_memory = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(found[0], dynamic_shared_memory, _SHARED_BYTES))
+    return found[0], found[1]
+
+
+def _cubin(variant: _Variant, architecture: str) -> bytes:
+    """Compile a variant; raises RuntimeError with the compiler's log."""
+    nvrtc = _nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    source = variant.source().encode()
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    array = (ctypes.c_char_p * len(options))(*options)
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source, _SOURCE.name.encode(), 0, None, None
+    )
+    if created or nvrtc.nvrtcCompileProgram(program, len(options), array):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{_SOURCE.name} does not compile for {variant}: {log.value.decode()}")
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+def _launch(
+    function: ctypes.c_void_p,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    pointers: "ctypes.Array[ctypes.c_void_p]",
+) -> None:
+    _check(
+        _driver().cuLaunchKernel(
+            function, *grid, 1, threads, 1, 1, shared_bytes, stream, pointers, None
+        )
+    )
+
+
+def _check(result: int) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        raise RuntimeError(f"CUDA: {(text.value or b'error').decode()}")
