@@ -6,8 +6,8 @@ source, the command and the processor, since it is built for the very processor.
 or a place to write to, a warning says so once and onepass.py falls back on torch operations, some
 five times slower. BITPLAN_COMPILE=0 asks for that, without a warning.
 
-torch.compile lost to this: it cannot fuse the histogram, needs a C++ compiler as well, and compiles
-anew for each number of features (benchmarks/LOG.md).
+torch.compile of those is four times slower, needs a C++ compiler as well, and compiles anew for
+each number of features (benchmarks/LOG.md).
 """
 
 import ctypes

@@ -1,6 +1,7 @@
 """Streaming statistics of one tensor that is seen in chunks, computed where the tensor lives.
 
-`TensorStats.update` reads a chunk [..., in_features] and never makes the host wait; `merge` joins
+`TensorStats.update` reads a chunk [..., in_features] once (onepass.py) and never makes the host
+wait; what is found of its rows is pooled later, for many tensors together (`settle`). `merge` joins
 two streams; `summary` reduces everything to one small vector, still on the device, so that many
 tensors cross to the host in one transfer (`to_host`).
 
