@@ -233,9 +233,10 @@ def gate_up_alignment(weight: Tensor, other: Tensor | None = None) -> dict[str, 
 
 def row_cosines(gate: Tensor, up: Tensor) -> Tensor:
     """Return |cosine| of matching rows [..., in_features] of gate and up, 0 beside a zero row."""
-    dot, a, b = torch.linalg.vecdot, gate.float(), up.float()
-    lengths = dot(a, a).sqrt() * dot(b, b).sqrt()
-    cosines: Tensor = dot(a, b) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    a, b = gate.float(), up.float()
+    lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    # Not vecdot, which autocast takes for a product that may be rounded.
+    cosines: Tensor = (a * b).sum(-1) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
     return cosines.abs()
 
 

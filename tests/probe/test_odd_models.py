@@ -74,7 +74,7 @@ def test_a_last_batch_of_another_shape_changes_nothing(
 ) -> None:
     model = build_model("llama", initializer_range=0.2)
     whole = measure(model, ids)
-    monkeypatch.setattr(module, "_batch_size", lambda *_: 2)
+    monkeypatch.setattr(module, "batch_size", lambda *_: 2)
     parts = measure(model, ids)
     row, want = parts.stats[DOWN].row(), whole.stats[DOWN].row()
     assert row["count"] == want["count"]

@@ -11,6 +11,7 @@ from bitplan.probe import inputs as module
 from bitplan.probe.channels import ChannelStability
 from bitplan.probe.inputs import Inputs, measure_inputs
 from bitplan.probe.modules import find_linears
+from bitplan.probe.outliers import unread_note
 from bitplan.probe.profile import profile_checkpoint
 from bitplan.tables import OUTLIERS
 
@@ -71,7 +72,7 @@ def test_massive_activations_are_those_of_the_blocks_outputs(
     model = planted()
     blocks = ["model.layers.0", "model.layers.1"]
     seen = observed(model, ids, blocks)
-    monkeypatch.setattr(module, "_batch_size", lambda *_: size)
+    monkeypatch.setattr(module, "batch_size", lambda *_: size)
     found = measure(model, ids, sensitivity=sensitivity)
     rows = [r for r in found.outliers.findings(medians(found)) if r["kind"] == "massive_activation"]
     want = {(name, c): one for name in blocks for c, one in naive(seen[name]).items()}
@@ -83,7 +84,7 @@ def test_massive_activations_are_those_of_the_blocks_outputs(
         assert {name: row[name] for name in expected} == {
             name: pytest.approx(value, rel=1e-4) for name, value in expected.items()
         }
-    assert list(found.outliers.notes()) == []
+    assert found.outliers.unread == []
 
 
 def test_the_super_weight_is_found_at_its_row_and_column(ids: torch.Tensor) -> None:
@@ -117,7 +118,7 @@ def test_channel_counts_are_those_of_the_inputs(
     model = build_model("llama", initializer_range=0.2)
     names = [item.linear.module for item in find_linears(model) if item.has_input]
     seen = observed(model, ids, names)
-    monkeypatch.setattr(module, "_batch_size", lambda *_: size)
+    monkeypatch.setattr(module, "batch_size", lambda *_: size)
     counts = measure(model, ids).outliers.channels()
     assert set(counts) == set(names)
     for name in names:
@@ -159,7 +160,7 @@ def test_blocks_whose_output_is_no_hidden_state_are_named(ids: torch.Tensor) -> 
     later = second.forward
     second.forward = lambda x, **k: later(x[0], **k)
     found = measure(model, ids)
-    (note,) = found.outliers.notes()
+    (note,) = unread_note(found.outliers.unread)
     assert "after model.layers.0:" in note
     assert {r["block"] for r in found.outliers.findings(medians(found))} == {1}
 
