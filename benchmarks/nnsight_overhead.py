@@ -27,7 +27,7 @@ from bitplan.probe import interventions as engine
 from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.probe.interventions import Intervention
 from bitplan.probe.modules import LinearModule, find_linears
-from bitplan.probe.stats import TensorStats
+from bitplan.probe.tensor_stats import TensorStats
 from bitplan.probe.text import load_text, tokenize
 from bitplan.probe.trace import Tracer, traced
 from bitplan.quantize import quantize_dequantize

@@ -31,7 +31,7 @@ from bitplan.probe.checkpoint import Checkpoint, load_checkpoint
 from bitplan.probe.inputs import Inputs, measure_inputs
 from bitplan.probe.interventions import Intervention, measure_interventions
 from bitplan.probe.modules import LinearModule, find_linears
-from bitplan.probe.stats import TensorStats
+from bitplan.probe.tensor_stats import TensorStats
 from bitplan.probe.text import load_text, tokenize
 from bitplan.rundir import hardware, versions, write_json
 from bitplan.sites import OPERANDS, PLANNED_ROLES, Site

@@ -1,6 +1,6 @@
 """A checkpoint, or a running training, to statistics, format errors and sensitivity.
 
-    from bitplan.probe import Recorder, RecorderCallback, tensor_stats
+    from bitplan.probe import Recorder, RecorderCallback, stats
 
 The names below are loaded when first used: importing the package does not import torch.
 """
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bitplan.probe.callback import RecorderCallback
     from bitplan.probe.lightning import LightningRecorderCallback
     from bitplan.probe.recorder import Recorder
-    from bitplan.probe.stats import TensorStats, tensor_stats
+    from bitplan.probe.tensor_stats import TensorStats, stats
     from bitplan.probe.writers import TensorBoardWriter, WandbWriter
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "TensorBoardWriter",
     "TensorStats",
     "WandbWriter",
-    "tensor_stats",
+    "stats",
 ]
 
 _MODULES = {
@@ -30,9 +30,9 @@ _MODULES = {
     "Recorder": "recorder",
     "RecorderCallback": "callback",
     "TensorBoardWriter": "writers",
-    "TensorStats": "stats",
+    "TensorStats": "tensor_stats",
     "WandbWriter": "writers",
-    "tensor_stats": "stats",
+    "stats": "tensor_stats",
 }
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bitplan.formats import Operand
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
-from bitplan.probe.stats import (
+from bitplan.probe.tensor_stats import (
     _ERRORS,
     _FIRST,
     _MEAN,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitplan.probe.stats import TOP
+from bitplan.probe.tensor_stats import TOP
 
 RESIDUAL_ROLES = ("qkv", "fc1")
 

@@ -23,7 +23,7 @@ from bitplan.probe.experts import Expert
 from bitplan.probe.modules import LinearModule
 from bitplan.probe.outliers import OutlierWatch
 from bitplan.probe.sensitivity import ROLES, GradientSensitivity, summed_loss
-from bitplan.probe.stats import TensorStats
+from bitplan.probe.tensor_stats import TensorStats
 from bitplan.probe.trace import traced
 from bitplan.progress import track
 

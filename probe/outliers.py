@@ -18,7 +18,7 @@ from bitplan.probe.channels import ChannelStability
 from bitplan.probe.checkpoint import some
 from bitplan.probe.massive import MassiveActivations, OutputSpike
 from bitplan.probe.modules import LinearModule
-from bitplan.probe.stats import fetch
+from bitplan.probe.tensor_stats import fetch
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 

@@ -9,7 +9,7 @@ A model whose weights in float32 do not fit in memory is run block by block (str
 tables, and where that is interrupted, the parts that were finished wait in the run directory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from bitplan.errors import BitplanError, CheckpointError, DataError
 from bitplan.formats import Format, parse_formats
 from bitplan.options import ProfileOptions
 from bitplan.probe.blocks import PartedModel
-from bitplan.probe.channels import channel_overlap, with_stability
+from bitplan.probe.channels import channel_overlap
 from bitplan.probe.checkpoint import (
     Checkpoint,
     float32_bytes,
@@ -33,31 +33,27 @@ from bitplan.probe.checkpoint import (
     resolve_device,
     some,
 )
-from bitplan.probe.inputs import Inputs, measure_inputs
+from bitplan.probe.inputs import measure_inputs
 from bitplan.probe.interventions import measure_interventions
 from bitplan.probe.measured import Count, to_measure, with_effects
 from bitplan.probe.memory import available_bytes
-from bitplan.probe.modules import LinearModule, find_linears
+from bitplan.probe.modules import find_linears
 from bitplan.probe.outliers import unread_note
 from bitplan.probe.partial import opened_partial, remove_partial
 from bitplan.probe.result import ProfileResult
-from bitplan.probe.stats import Summary, TensorStats, fetch, to_host
-from bitplan.probe.streamed import Tables, profile_blocks
+from bitplan.probe.streamed import profile_blocks
+from bitplan.probe.tabulate import tabulate, text_of, with_texts
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.probe.weights import (
-    gate_up_alignment,
-    gate_up_partners,
     open_weights,
     profile_weights,
 )
 from bitplan.progress import track
 from bitplan.rundir import RunDir, content_hash, versions
-from bitplan.sites import site_columns
 from bitplan.tables import ERRORS, OUTLIERS, PROFILE, SENSITIVITY
 
 STAGE = "profile"
 _NONE = {"interventions": 0}
-_EMPTY = {"tokens": 0, "count": 0, "nan_count": 0, "inf_count": 0}
 
 
 def profile_checkpoint(run: Path, options: ProfileOptions) -> ProfileResult:
@@ -184,26 +180,26 @@ def _measure(
     checkpoint, parted = opened.checkpoint, opened.parted
     items = find_linears(checkpoint.model)
     wanted = {"has_loss": checkpoint.has_loss, "sensitivity": options.sensitivity}
-    tabulate = partial(_tabulate, formats=formats)
+    tables_of = partial(tabulate, formats=formats)
     if parted is None:
         inputs = measure_inputs(checkpoint.model, items, ids, formats, **wanted)
-        tables = tabulate(items, inputs)
+        tables = tables_of(items, inputs)
         sensitivity = inputs.sensitivity
         notes = [*inputs.notes, *unread_note(inputs.outliers.unread)]
     else:
         question = dict(asked) | {"versions": versions(), "device": str(parted.device)}
         with opened_partial(target.path, content_hash(question)) as kept:
-            streamed = profile_blocks(parted, items, ids, formats, tabulate, kept, **wanted)
+            streamed = profile_blocks(parted, items, ids, formats, tables_of, kept, **wanted)
         tables, sensitivity, notes = streamed.tables, streamed.sensitivity, list(streamed.notes)
-    text_of = partial(_text_of, ids, checkpoint.tokenizer)
-    rows = [_with_texts(row, text_of) for row in tables.rows]
+    text = partial(text_of, ids, checkpoint.tokenizer)
+    rows = [with_texts(row, text) for row in tables.rows]
     overlap = channel_overlap(rows)
     frames = {
         PROFILE.file: PROFILE.frame(
             row | {"top_channel_overlap": overlap.get(row["site"])} for row in rows
         ),
         ERRORS.file: ERRORS.frame(tables.errors),
-        OUTLIERS.file: OUTLIERS.frame(row | {"text": text_of(row)} for row in tables.outliers),
+        OUTLIERS.file: OUTLIERS.frame(row | {"text": text(row)} for row in tables.outliers),
     }
     if sensitivity is not None:
         frames[SENSITIVITY.file] = SENSITIVITY.frame(sensitivity)
@@ -314,118 +310,6 @@ def _notes(
         yield f"{experts} linears of experts were reached by no token: profile more tokens"
     if len(silent) > experts:
         yield f"{len(silent) - experts} linears outside experts did not run on text alone"
-
-
-# --- rows --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Summaries:
-    """Statistics on the host: by weight and by input, and what rows have beside them."""
-
-    weights: dict[str, Summary]
-    inputs: dict[str, Summary]
-    alignments: dict[str, dict[str, float]]
-    channels: dict[str, Tensor]
-
-
-def _summaries(
-    items: Sequence[LinearModule], inputs: Inputs, formats: Sequence[Format]
-) -> _Summaries:
-    """Measure the weights, and bring everything to the host in one transfer."""
-    partners = gate_up_partners([item.linear for item in items])
-    by_name = {item.linear.module: item for item in items}
-    # A tied head is the embedding's tensor, and linears that share an input share its statistics:
-    # each is reduced once.
-    weights: dict[str, tuple[int, ...]] = {}
-    reduced: dict[tuple[int, ...], Summary] = {}
-    alignments: dict[str, dict[str, Tensor]] = {}
-    for item in track(items, "profiling weights"):
-        name, weight = item.linear.module, item.weight().detach()
-        weights[name] = key = (weight.data_ptr(), *weight.shape)
-        if key not in reduced:
-            stats = TensorStats(
-                weight.shape[1], operand="weight", formats=formats, device=weight.device
-            )
-            stats.update(weight)
-            reduced[key] = stats.summary()
-        if (partner := partners.get(name)) is not None:
-            other = None if partner == name else by_name[partner].weight().detach()
-            alignments[name] = gate_up_alignment(weight, other)
-    shared = {id(stats): stats for stats in inputs.stats.values()}
-    found = to_host([*reduced.values(), *(stats.summary() for stats in shared.values())])
-    on_host = dict(zip([*reduced, *((key,) for key in shared)], found, strict=True))
-    scalars = [
-        value.double().reshape(1) for found in alignments.values() for value in found.values()
-    ]
-    values = (vector.item() for vector in fetch(scalars))
-    return _Summaries(
-        weights={name: on_host[key] for name, key in weights.items()},
-        inputs={name: on_host[(id(stats),)] for name, stats in inputs.stats.items()},
-        alignments={
-            name: {column: next(values) for column in found} for name, found in alignments.items()
-        },
-        channels=inputs.outliers.channels(),
-    )
-
-
-def _rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterator[dict[str, Any]]:
-    """Yield the rows of profile.parquet; an input that nothing reached has counts of zero."""
-    for item in items:
-        linear = item.linear
-        yield (
-            summaries.weights[linear.module].row()
-            | site_columns(linear, "weight")
-            | {"step": 0, **summaries.alignments.get(linear.module, {})}
-        )
-        if item.has_input:
-            seen = summaries.inputs.get(linear.module)
-            row = (
-                _EMPTY
-                if seen is None
-                else with_stability(seen.row(), summaries.channels[linear.module])
-            )
-            yield row | site_columns(linear, "input") | {"step": 0}
-
-
-def _error_rows(items: Sequence[LinearModule], summaries: _Summaries) -> Iterator[dict[str, Any]]:
-    for item in items:
-        for operand, found in (("weight", summaries.weights), ("input", summaries.inputs)):
-            if (summary := found.get(item.linear.module)) is not None:
-                site = {"site": f"{item.linear.module}:{operand}", "step": 0}
-                yield from (site | row for row in summary.error_rows())
-
-
-def _tabulate(
-    items: Sequence[LinearModule], inputs: Inputs, *, formats: Sequence[Format]
-) -> Tables:
-    """Make the rows of some linears, whose weights are in memory."""
-    summaries = _summaries(items, inputs, formats)
-    rows = list(_rows(items, summaries))
-    medians = {row["module"]: row.get("abs_p50") for row in rows if row["operand"] == "input"}
-    return Tables(
-        rows=rows,
-        errors=list(_error_rows(items, summaries)),
-        outliers=list(inputs.outliers.findings(medians)),
-    )
-
-
-def _text_of(ids: Tensor, tokenizer: Any, token: Mapping[str, Any]) -> str | None:
-    """Return the text of the token at a sequence and position; None where that is not known."""
-    if token["position"] < 0:
-        return None
-    text: str = tokenizer.decode([int(ids[token["sequence"], token["position"]])])
-    return text
-
-
-def _with_texts(
-    row: dict[str, Any], text_of: Callable[[Mapping[str, Any]], str | None]
-) -> dict[str, Any]:
-    """Return a row whose top tokens carry their text."""
-    if row["operand"] == "weight":
-        return row | {"top_tokens": None}
-    tokens = [token | {"text": text_of(token)} for token in row.get("top_tokens", ())]
-    return row | {"top_tokens": tokens}
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bitplan.errors import CheckpointError
 from bitplan.probe.batch import Batch
 from bitplan.probe.moments import pool
-from bitplan.probe.stats import _ABSMAX, _FIRST, _SEQUENCE
+from bitplan.probe.tensor_stats import _ABSMAX, _FIRST, _SEQUENCE
 
 
 class Ranks:

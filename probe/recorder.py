@@ -41,8 +41,8 @@ from bitplan.probe.batch import EXTRAS, read, reset, site_order, stack
 from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.probe.observe import Observation, observe
 from bitplan.probe.ranks import Ranks, whole_tensor
-from bitplan.probe.stats import TOP_TOKENS, TensorStats, fetch
 from bitplan.probe.streams import Streams
+from bitplan.probe.tensor_stats import TOP_TOKENS, TensorStats, fetch
 from bitplan.probe.weights import gate_up_partners, row_cosines
 from bitplan.sites import OPERANDS, Linear, site_columns
 from bitplan.tables import ERRORS, PROFILE

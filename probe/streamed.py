@@ -32,20 +32,9 @@ from bitplan.probe.modules import LinearModule
 from bitplan.probe.outliers import unread_note
 from bitplan.probe.partial import Partial
 from bitplan.probe.sensitivity import ROLES, GradientSensitivity, summed_loss
+from bitplan.probe.tabulate import Row, Tables
 from bitplan.probe.trace import Watcher
 from bitplan.progress import track
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tables:
-    """The rows of tables.PROFILE, ERRORS and OUTLIERS."""
-
-    rows: list[Row]
-    errors: list[Row]
-    outliers: list[Row]
-
 
 # Makes the rows of some linears, whose weights are in memory.
 Tabulate = Callable[[Sequence[LinearModule], Inputs], Tables]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitplan.probe.observe import as_multiplied
-from bitplan.probe.stats import TensorStats
+from bitplan.probe.tensor_stats import TensorStats
 from bitplan.sites import Linear
 
 

@@ -33,7 +33,7 @@ from bitplan.errors import CheckpointError
 from bitplan.families import INTERLEAVED, TRANSPOSED
 from bitplan.formats import Format
 from bitplan.probe.checkpoint import read_header, weight_files
-from bitplan.probe.stats import TensorStats
+from bitplan.probe.tensor_stats import TensorStats
 from bitplan.sites import Linear, describe, site_columns
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitplan.formats import Operand, parse_formats
 from bitplan.probe.batch import EXTRAS, read, reset, site_order, stack
-from bitplan.probe.stats import Summary, TensorStats
+from bitplan.probe.tensor_stats import Summary, TensorStats
 
 FORMATS = parse_formats(["int4-g4", "int8-token", "int8-channel"])
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.probe.channels import ChannelStability, channel_overlap, with_stability
-from bitplan.probe.stats import TOP
+from bitplan.probe.tensor_stats import TOP
 
 
 def naive(x: Tensor) -> list[float]:

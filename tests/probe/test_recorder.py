@@ -18,7 +18,7 @@ from bitplan.errors import CheckpointError
 from bitplan.formats import parse_format
 from bitplan.probe import Recorder, recorder
 from bitplan.probe.modules import find_linears
-from bitplan.probe.stats import TensorStats, tensor_stats
+from bitplan.probe.tensor_stats import TensorStats, stats
 from bitplan.tables import ERRORS, PROFILE
 
 CONFIG = LlamaConfig(
@@ -90,7 +90,7 @@ def test_what_is_recorded_is_what_the_linears_see(model: LlamaForCausalLM) -> No
     after = model.get_submodule(DOWN).weight.detach()  # type: ignore[union-attr]
     assert weight["kurtosis"] == pytest.approx(kurtosis(after), rel=1e-3)
     error = found.errors_frame().filter(site=f"{DOWN}:weight", step=3)["relative_error"].item()
-    assert error == tensor_stats(after, [parse_format("int4-g32")])["int4-g32"]
+    assert error == stats(after, [parse_format("int4-g32")])["int4-g32"]
 
 
 def test_every_site_has_its_row_and_the_columns_of_the_tables(model: LlamaForCausalLM) -> None:

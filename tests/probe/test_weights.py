@@ -15,7 +15,7 @@ from bitplan.errors import CheckpointError
 from bitplan.formats import parse_formats
 from bitplan.probe import weights
 from bitplan.probe.modules import find_linears
-from bitplan.probe.stats import tensor_stats
+from bitplan.probe.tensor_stats import stats
 from bitplan.probe.weights import (
     WeightRecord,
     gate_up_alignment,
@@ -71,7 +71,7 @@ def test_a_bare_file(tmp_path: Path) -> None:
         "model.layers.0.mlp.down_proj": "fc2",
     }
     for name, record in found.items():
-        want = tensor_stats(tensors[f"{name}.weight"], FORMATS)
+        want = stats(tensors[f"{name}.weight"], FORMATS)
         errors = {row["format"]: row["relative_error"] for row in record.errors}
         assert errors == {str(fmt): want.pop(str(fmt)) for fmt in FORMATS}
         assert record.row.items() >= want.items()
@@ -148,7 +148,7 @@ def test_gpt2_s_transposed_matrices(tmp_path: Path, config: bool) -> None:
     assert found.keys() == items.keys() - {"lm_head"}  # tied, so not in the file
     for name, record in found.items():
         assert record.linear == items[name].linear
-        want = tensor_stats(items[name].weight().detach(), FORMATS)
+        want = stats(items[name].weight().detach(), FORMATS)
         assert record.row["kurtosis"] == pytest.approx(want["kurtosis"], rel=1e-9)
         assert record.errors[0]["relative_error"] == want["int4-g32"]
 
@@ -219,7 +219,7 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     (record,) = records(
         save(tmp_path / "w.safetensors", {"layers.0.mlp.up_proj.weight": stored})
     ).values()
-    assert record.row["kurtosis"] == tensor_stats(stored.float())["kurtosis"]
+    assert record.row["kurtosis"] == stats(stored.float())["kurtosis"]
 
 
 @pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bitplan.formats import parse_format, parse_formats
 from bitplan.probe import onepass
-from bitplan.probe import stats as module
-from bitplan.probe.stats import TensorStats, fetch, settle, tensor_stats, to_host
+from bitplan.probe import tensor_stats as module
+from bitplan.probe.tensor_stats import TensorStats, fetch, settle, stats, to_host
 from bitplan.tables import ERRORS, PROFILE
 
 TOLERANCE = 1e-3
@@ -378,9 +378,9 @@ def test_a_weight_s_error_does_not_depend_on_blocks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = make("heavy tails", (40, 64))
-    whole = tensor_stats(x, [parse_format(name)])[name]
+    whole = stats(x, [parse_format(name)])[name]
     monkeypatch.setattr(onepass, "_CPU_BLOCK", 200)
-    assert tensor_stats(x, [parse_format(name)])[name] == pytest.approx(whole, rel=1e-6)
+    assert stats(x, [parse_format(name)])[name] == pytest.approx(whole, rel=1e-6)
 
 
 def test_tensors_settle_together_as_they_do_alone() -> None:
@@ -487,8 +487,8 @@ def test_to_host_keeps_the_order() -> None:
 
 def test_tensor_stats_of_one_tensor() -> None:
     x = make("normal", (30, 64))
-    found = tensor_stats(x, parse_formats(["int4-g32"]))
-    assert found == tensor_stats(x, ["int4-g32"])
+    found = stats(x, parse_formats(["int4-g32"]))
+    assert found == stats(x, ["int4-g32"])
     assert_agrees(found, x)
     assert found["int4-g32"] == pytest.approx(naive_error(x, 4, 32), rel=TOLERANCE)
 

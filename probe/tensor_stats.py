@@ -399,7 +399,7 @@ def fetch(vectors: Sequence[Tensor]) -> list[Tensor]:
     return [on_host[i] for i in range(len(vectors))]
 
 
-def tensor_stats(tensor: Tensor, formats: Iterable[Format | str] = ()) -> dict[str, Any]:
+def stats(tensor: Tensor, formats: Iterable[Format | str] = ()) -> dict[str, Any]:
     """Return the statistic columns of tables.PROFILE for one tensor [..., in_features].
 
     formats: formats or their names; each that applies to a weight is a key too, with the relative
