@@ -6,6 +6,7 @@
 
 RUN is a run directory that `bitplan demo` or `profile` made; it is copied, not changed. For each
 row of PLANS the copy is planned and verified: arms that do not depend on the plan are trained once.
+`--converge` plans from what the rows above it have trained, so its second row knows one more plan.
 What is not given is verify's default. Beside the losses: the kurtosis of the linears' inputs before
 and after training, the median over sites and seeds by role.
 """
@@ -33,6 +34,7 @@ PLANS = {
     "bitplan, at the input bits of fc2": PlanOptions(),
     "the paper's rule: every FC2 input": PlanOptions(rule="fc2"),
     "bitplan plan --converge": PlanOptions(converge=True),
+    "bitplan plan --converge, again": PlanOptions(converge=True),
 }
 
 
@@ -46,6 +48,7 @@ def row(run: Path, options: PlanOptions, training: VerifyOptions) -> dict[str, A
         "weight_bits": plan["predicted"]["weight_bits"],
         "predicted_delta_loss_nats": plan["predicted"]["delta_loss"],
         "predicted_R": plan["predicted"]["R"],
+        "predicted_R_trained": plan["predicted"]["R_trained"],
         "delta_nats": {arm: verdict["delta"][arm] for arm in deltas},
         "R": verdict["R"],
         "verdict": verdict["verdict"],

@@ -259,4 +259,19 @@ HELDOUT = Table(
     ),
 )
 
-TABLES = (PROFILE, ERRORS, SENSITIVITY, OUTLIERS, FRONTIER, METRICS, HELDOUT)
+TRAINED = Table(
+    "trained.parquet",
+    "an assignment of formats to one operand that verify has trained, under one recipe",
+    (
+        _c("recipe", pl.String, "", "hash of what was trained how: model, text, steps, seeds"),
+        _c("operand", pl.String, "", "the operand quantized; the other stayed in bf16"),
+        _c("formats", pl.String, "", "JSON: the format of each quantized site"),
+        _c("delta", pl.Float64, "nats per token", "held-out loss less that of bf16"),
+        _c("low", pl.Float64, "nats per token", "lower bound of its interval"),
+        _c("high", pl.Float64, "nats per token", "upper bound of its interval"),
+        _c("seeds", pl.Int64, "", "seeds behind it"),
+        _c("tokens", pl.Int64, "tokens", "training tokens of each"),
+    ),
+)
+
+TABLES = (PROFILE, ERRORS, SENSITIVITY, OUTLIERS, FRONTIER, METRICS, HELDOUT, TRAINED)

@@ -81,6 +81,8 @@ class Predicted:
     bit_ops: float | None
     bytes: float
     time_ms: float | None = None
+    R_trained: float | None = None
+    """R after training, from what verify has trained so far; null where it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,10 @@ from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
 from bitplan.planner.text import plan_text
+from bitplan.planner.trained import Trained, read_trained
 from bitplan.rundir import RunDir, file_hash
 from bitplan.sites import PLANNED_ROLES
-from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
+from bitplan.tables import ERRORS, PROFILE, SENSITIVITY, TRAINED
 
 DEFAULT_RULES = (("weight_bits", "weight", "uniform"), ("input_bits", "input", "fc2"))
 
@@ -68,7 +69,8 @@ def make_plan(run: Path, options: PlanOptions) -> PlanResult:
     """
     directory = RunDir.open(run)
     with directory.lock():
-        tables = {t.file: directory.path / t.file for t in (PROFILE, ERRORS, SENSITIVITY)}
+        read = (PROFILE, ERRORS, SENSITIVITY, *([TRAINED] if options.converge else []))
+        tables = {t.file: directory.path / t.file for t in read}
         found = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
         key = {**asdict(options), "inputs": found}
         if directory.is_done("plan", key):
@@ -100,7 +102,8 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
     )
     _check_inputs(problem, options, asked)
     limits, notes = _limits(problem, options, asked)
-    choice, gap, said = _choose(problem, options, limits)
+    trained = _trained(directory, problem) if options.converge else None
+    choice, gap, said = _choose(problem, options, limits, trained)
     primary = (asked or _default_first(limits))[0]
     others = [limit for limit in limits if limit is not primary]
     points = frontier(problem, primary, others, choice)
@@ -109,7 +112,7 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
     plan = Plan(
         made_by=_made_by(options),
         sites=explain(problem, choice, limits, options.rule),
-        predicted=predicted(problem, choice, limits),
+        predicted=predicted(problem, choice, limits, trained),
         budget={limit.budget.name: limit.value for limit in limits if np.isfinite(limit.value)},
         device=next((limit.device.name for limit in limits if limit.device), None),
         optimality_gap=gap,
@@ -187,20 +190,29 @@ def _limits(
     return limits, notes
 
 
+def _trained(directory: RunDir, problem: Problem) -> Trained | None:
+    """Return what verify has trained of this run, where it has."""
+    if not (directory.path / TRAINED.file).is_file():
+        return None
+    return read_trained(problem, directory.read_table(TRAINED.file))
+
+
 def _choose(
-    problem: Problem, options: PlanOptions, limits: Sequence[Limit]
+    problem: Problem, options: PlanOptions, limits: Sequence[Limit], trained: Trained | None
 ) -> tuple[Ints, float | None, list[str]]:
     """Return the choice, its optimality gap, and notes about how it was found."""
     if options.rule is not None:
         rule = find_rule(options.rule, problem)
         return rule.choice(problem), None, [f"rule {rule.name}: {rule.meaning}"]
     if options.converge:
-        return converge(problem, limits)
+        return converge(problem, limits, trained)
     found = best(problem, limits)
     return found.choice, found.gap, []
 
 
-def predicted(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> Predicted:
+def predicted(
+    problem: Problem, choice: Ints, limits: Sequence[Limit], trained: Trained | None = None
+) -> Predicted:
     """Return what a choice [S] is predicted to cost, in every unit that the profile allows."""
     weights = objective(problem, ("weight",)).total(problem, choice)
     inputs = objective(problem, ("input",)).total(problem, choice)
@@ -219,6 +231,7 @@ def predicted(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> Predic
         delta_loss_weights=weights if problem.in_nats else None,
         delta_loss_inputs=inputs if both else None,
         R=inputs / weights if both and weights > 0 else None,
+        R_trained=trained.ratio(inputs, weights) if trained and weights > 0 else None,
         weight_bits=used("weight_bits"),
         input_bits=used("input_bits"),
         bit_ops=used("bit_ops"),

@@ -138,6 +138,8 @@ def _totals(plan: Plan, frontier: pl.DataFrame) -> Iterator[str]:
         )
     if p.delta_loss is not None:
         ratio = "undefined" if p.R is None else f"{p.R:.2f}"
+        if p.R_trained is not None:
+            ratio += f", after training {p.R_trained:.2f}"
         inputs = 0.0 if p.delta_loss_inputs is None else p.delta_loss_inputs
         yield (
             f"weights {p.delta_loss_weights:+.5f}, inputs {inputs:+.5f}: predicted R {ratio} "

@@ -7,12 +7,14 @@ killed verify goes on, `--arms` may be given in portions, and a new plan costs o
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from torch import Tensor
 
 from bitplan.errors import BitplanError, CheckpointError, PlanError
@@ -28,6 +30,7 @@ from bitplan.qat.result import VERDICT_FILE, ArmResult, Verdict, sentence
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.qat.verdict import Interval
 from bitplan.rundir import RunDir, content_hash
+from bitplan.tables import TRAINED
 
 STAGE = "verify"
 
@@ -61,13 +64,14 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
         _train(directory, checkpoint, jobs, arms, make_accelerator(device))
         verdict = _judge(directory, plan, jobs, checkpoint, corpus)
         directory.write_json(VERDICT_FILE, verdict.as_json())
+        directory.write_table(TRAINED.file, _with_trained(directory, jobs, verdict))
         written = [
             name
             for arm in verdict.arms
             for k in range(options.seeds)
             for name in files.arm_files(arm.name, options.seed + k)
         ]
-        directory.finish(STAGE, asked, [VERDICT_FILE, *written])
+        directory.finish(STAGE, asked, [VERDICT_FILE, TRAINED.file, *written])
     return replace(verdict, run=str(run))
 
 
@@ -256,6 +260,36 @@ def _judge(
         provenance=directory.provenance()
         | {"text": {"source": corpus.source, "content_hash": corpus.content_hash}},
     )
+
+
+def _with_trained(
+    directory: RunDir, jobs: Mapping[str, list[Job]], verdict: Verdict
+) -> pl.DataFrame:
+    """Return tables.TRAINED with the arms of one operand of this verdict as its last rows."""
+    recipe = content_hash([job.config for job in jobs[BASELINE]])
+    rows = []
+    for arm in verdict.arms:
+        formats = jobs[arm.name][0].formats
+        operands = {site.operand for site in formats}
+        if len(operands) != 1 or arm.delta is None or arm.delta.estimate is None:
+            continue
+        rows.append(
+            {
+                "recipe": recipe,
+                "operand": operands.pop(),
+                "formats": json.dumps({str(site): str(fmt) for site, fmt in formats.items()}),
+                "delta": arm.delta.estimate,
+                "low": arm.delta.low,
+                "high": arm.delta.high,
+                "seeds": arm.seeds,
+                "tokens": verdict.tokens,
+            }
+        )
+    frames = [TRAINED.frame(rows)]
+    if (directory.path / TRAINED.file).is_file():
+        frames.insert(0, directory.read_table(TRAINED.file))
+    key = ("recipe", "operand", "formats")
+    return pl.concat(frames).unique(key, keep="last", maintain_order=True)
 
 
 def _formats_text(plan: Plan, arm: Arm) -> str:

@@ -121,6 +121,7 @@ def deltas(run: Run, name: str) -> Markup:
     ratios = _intervals({k: v for k, v in named.items() if v}, "label")
     ratios = ratios.filter(pl.col("estimate") > 0)
     takeaway = words.ratio(run.verdict, tolerance)
+    takeaway += words.predicted_ratio((run.plan or {}).get("predicted") or {})
     if ratios.is_empty():
         drawn.append(el("p", takeaway, class_="takeaway"))
     else:

@@ -291,6 +291,15 @@ def ratio(verdict: Mapping[str, Any], tolerance: Sequence[float]) -> str:
     return f"After the plan the interval of R, {interval(after, RATIO_DIGITS)}, {where}."
 
 
+def predicted_ratio(predicted: Mapping[str, Any]) -> str:
+    """Say, after another sentence, which R the plan predicted; nothing where it predicted none."""
+    before, trained = predicted.get("R"), predicted.get("R_trained")
+    if before is None:
+        return ""
+    after = "" if trained is None else f", {trained:.{RATIO_DIGITS}f} after training"
+    return f" The plan predicted {before:.{RATIO_DIGITS}f} for the untrained checkpoint{after}."
+
+
 def headline(
     verdict: Mapping[str, Any] | None,
     sites: pl.DataFrame | None,

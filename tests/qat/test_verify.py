@@ -21,7 +21,7 @@ from bitplan.qat.arms import ARMS
 from bitplan.qat.result import Verdict
 from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir
-from bitplan.tables import HELDOUT, METRICS, PROFILE
+from bitplan.tables import HELDOUT, METRICS, PROFILE, TRAINED
 
 Make = Callable[..., Any]
 
@@ -104,6 +104,15 @@ def test_every_arm_leaves_its_files_and_the_verdict_adds_up(
     assert value["missing"] == []
     assert value == found.as_json()
     assert replace(Verdict.from_json(value), run=found.run) == found
+
+    table = pl.read_parquet(at.run / "trained.parquet")
+    assert table.schema == TRAINED.schema
+    for name, operand in (("w4a16", "weight"), ("w16a4", "input"), ("planned-inputs", "input")):
+        formats = {str(s): str(f) for s, f in ARMS[name].formats(at.plan).items()}
+        (row,) = [r for r in table.to_dicts() if json.loads(r["formats"]) == formats]
+        assert (row["operand"], row["delta"]) == (operand, delta[name])
+        assert (row["seeds"], row["tokens"]) == (2, value["tokens"])
+    assert table.height == 3  # the plan's weights are those of w4a16
 
     lines = found.as_text().splitlines()
     assert lines[0].startswith(found.verdict)

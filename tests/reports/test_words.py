@@ -289,3 +289,12 @@ def test_training_sentences() -> None:
         " planned-weights quantizes exactly as w4a16: one training, drawn once."
     )
     assert words.copies({}) == ""
+
+
+def test_the_predicted_ratio_stands_beside_the_measured_one() -> None:
+    assert words.predicted_ratio({}) == ""
+    assert words.predicted_ratio({"R": None, "R_trained": None}) == ""
+    untrained = " The plan predicted 1.13 for the untrained checkpoint"
+    assert words.predicted_ratio({"R": 1.131}) == untrained + "."
+    both = words.predicted_ratio({"R": 1.131, "R_trained": 0.98})
+    assert both == untrained + ", 0.98 after training."
