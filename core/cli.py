@@ -299,6 +299,11 @@ def plan(run: Path, as_json: bool, **options: Any) -> None:
 @_option(VerifyOptions, "lr", "--lr", type=float, show_default=True, help="Peak learning rate.")
 @_data
 @_list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
+@click.option(
+    "--attribute",
+    is_flag=True,
+    help="Also train w4a4 with each role's inputs, and weights, at 8 bits.",
+)
 @_option(VerifyOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 @_option(VerifyOptions, "seed", "--seed", type=int, show_default=True, help="First seed.")
 @_trust

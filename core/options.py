@@ -89,6 +89,8 @@ class VerifyOptions:
     """Text files or directories; empty: the sources of Python's standard library."""
     arms: tuple[str, ...] = ()
     """Arms to train; empty: all."""
+    attribute: bool = False
+    """Train an arm for each role and operand at 8 bits, the rest at 4: what each one costs."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto."""
     seed: int = 0

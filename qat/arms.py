@@ -5,6 +5,10 @@ site stays in bf16. `4` in a name stands for the lowest-bit format that the plan
 that the same arms serve a plan made from 2-bit or 6-bit formats; which formats they are is in each
 arm's record. Arms whose formats come out equal (a plan that keeps every weight at 4 bits has its
 weights in common with w4a16) are one training.
+
+Attribution arms are w4a4 but for the inputs, or the weights, of one role, which take the cheapest
+format of 8 bits. What an arm gives back of w4a4's delta is what that role and operand cost: whether
+FC2's inputs are the bottleneck is measured and not assumed.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from bitplan.errors import BitplanError, PlanError
 from bitplan.formats import DEFAULT_LOW, Format, Operand, parse_format
 from bitplan.planner.plan import Plan
-from bitplan.sites import OPERANDS, Site
+from bitplan.sites import OPERANDS, PLANNED_ROLES, Site
 
 Formats = Mapping[Site, Format]
 
@@ -41,6 +45,15 @@ def lowest(plan: Plan, operand: Operand) -> Format:
             f"{', '.join(plan.formats) or 'none'}): plan again with --formats {DEFAULT_LOW},..."
         )
     return min(fitting, key=lambda fmt: fmt.bits)  # the first of equals
+
+
+def eight_bits(plan: Plan, operand: Operand) -> Format | None:
+    """Return the cheapest format of at least 8 bits that the plan could give an operand, if any."""
+    allowed = [parse_format(name) for name in plan.formats]
+    fitting = [
+        f for f in allowed if f.is_quantized and f.bits >= HIGH_BITS and f.applies_to(operand)
+    ]
+    return min(fitting, key=lambda fmt: fmt.bits, default=None)
 
 
 def _uniform(*operands: Operand) -> Callable[[Plan], Formats]:
@@ -74,12 +87,29 @@ def _sites(plan: Plan) -> list[tuple[Site, Format, bool]]:
     return [(Site.parse(choice.site), choice.format, choice.planned) for choice in plan.sites]
 
 
+def _spared(role: str, operand: Operand, high: Format) -> Callable[[Plan], Formats]:
+    """As w4a4, with one operand of a role in a higher format."""
+
+    def formats(plan: Plan) -> Formats:
+        spared = {
+            Site.parse(choice.site)
+            for choice in plan.sites
+            if (choice.role, choice.operand) == (role, operand)
+        }
+        low = _uniform(*OPERANDS)(plan)
+        return {site: high if site in spared else fmt for site, fmt in low.items()}
+
+    return formats
+
+
 BASELINE = "bf16"
+UNIFORM = "w4a4"
+HIGH_BITS = 8
 _ROWS = (
     Arm(BASELINE, _chosen(), "nothing quantized: what every delta is measured from"),
     Arm("w4a16", _uniform("weight"), "weights at the lowest format"),
     Arm("w16a4", _uniform("input"), "inputs at the lowest format"),
-    Arm("w4a4", _uniform("weight", "input"), "both at the lowest format"),
+    Arm(UNIFORM, _uniform("weight", "input"), "both at the lowest format"),
     Arm("planned", _chosen(*OPERANDS), "the plan"),
     Arm("planned-weights", _chosen("weight"), "the plan's weights alone"),
     Arm("planned-inputs", _chosen("input"), "the plan's inputs alone"),
@@ -88,6 +118,24 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ROWS}
 
 # R is the delta of the first arm over that of the second.
 RATIOS = {"before": ("w16a4", "w4a16"), "after": ("planned-inputs", "planned-weights")}
+
+
+def attribution_arms(plan: Plan) -> dict[tuple[str, Operand], Arm]:
+    """Return the arm that spares each role and operand of the plan, in the order of the roles.
+
+    An operand that the plan could give no format of 8 bits has none.
+    """
+    planned = {(choice.role, choice.operand) for choice in plan.sites if choice.planned}
+    return {
+        (role, operand): Arm(
+            f"{UNIFORM}-{role}-{operand}-8",
+            _spared(role, operand, high),
+            f"{UNIFORM}, {role} {operand}s at {HIGH_BITS} bits",
+        )
+        for role in PLANNED_ROLES
+        for operand in OPERANDS
+        if (role, operand) in planned and (high := eight_bits(plan, operand))
+    }
 
 
 def select_arms(names: tuple[str, ...]) -> tuple[Arm, ...]:

@@ -27,6 +27,24 @@ class ArmResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """What 8 bits at one role alone give back of w4a4's delta, nats per token."""
+
+    role: str
+    weight: Interval | None
+    """With the role's weights at 8 bits; None where that arm was not trained."""
+    input: Interval | None
+    """With its inputs."""
+    R: Interval | None
+    """input over weight."""
+
+    @classmethod
+    def from_json(cls, role: str, value: Mapping[str, Any]) -> Self:
+        """Return the entry of verdict.json for a role."""
+        return cls(role=role, **{k: None if v is None else Interval(**v) for k, v in value.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """Whether the plan's weight and activation errors converge, and what that rests on."""
 
@@ -43,6 +61,8 @@ class Verdict:
     tokens: int
     """Training tokens per arm and seed."""
     heldout_tokens: int
+    attribution: tuple[Attribution, ...] = ()
+    """By role; empty where no attribution arm was trained."""
     noise: Mapping[str, float | None]
     needed: Mapping[str, int] | None
     """Seeds and held-out tokens that would settle an undetermined verdict."""
@@ -76,6 +96,10 @@ class Verdict:
                 }
                 for arm in self.arms
             },
+            "attribution": {
+                entry.role: {k: v for k, v in asdict(entry).items() if k != "role"}
+                for entry in self.attribution
+            },
             "missing": list(self.missing),
             "needed": None if self.needed is None else dict(self.needed),
             "seeds": self.seeds,
@@ -102,19 +126,24 @@ class Verdict:
                 ArmResult(name=name, delta=deltas.get(name), **entry)
                 for name, entry in value["arms"].items()
             ),
+            attribution=tuple(
+                Attribution.from_json(role, entry)
+                for role, entry in value.get("attribution", {}).items()
+            ),
             missing=tuple(value["missing"]),
             notes=tuple(value["notes"]),
         )
 
     def as_text(self) -> str:
         """Return the verdict in words: the sentence, the arms, R, what was written, what next."""
+        name = max([16, *(len(arm.name) for arm in self.arms)])
         width = max((len(arm.formats) for arm in self.arms), default=0)
         lines = [self.sentence, ""]
         lines.append(
-            f"{'arm':16} {'formats':{width}} {'loss':>8} {'delta, nats per token':>30} seeds"
+            f"{'arm':{name}} {'formats':{width}} {'loss':>8} {'delta, nats per token':>30} seeds"
         )
         lines += [
-            f"{arm.name:16} {arm.formats:{width}} {arm.loss:8.4f} {_delta_text(arm):>30} "
+            f"{arm.name:{name}} {arm.formats:{width}} {arm.loss:8.4f} {_delta_text(arm):>30} "
             f"{arm.seeds:5}" + (f"  (as {arm.same_as})" if arm.same_as else "")
             for arm in self.arms
         ]
@@ -125,6 +154,7 @@ class Verdict:
             f"Intervals are {arithmetic.CONFIDENCE:.0%}; {self.tokens:,} training tokens per arm, "
             f"{self.heldout_tokens:,} held-out tokens.",
             *self.notes,
+            *self._attribution_text(),
             "",
             f"{self.run}/{VERDICT_FILE} is up to date"
             if self.up_to_date
@@ -133,16 +163,28 @@ class Verdict:
         ]
         return "\n".join(lines)
 
+    def _attribution_text(self) -> list[str]:
+        """Return a table of what 8 bits at each role alone give back of w4a4's delta."""
+        if not self.attribution:
+            return []
+        head = f"{'role':8} {'its inputs at 8 bits':>28} {'its weights at 8 bits':>28}   R"
+        rows = [
+            f"{e.role:8} {_signed(e.input):>28} {_signed(e.weight):>28}   {e.R or '-'}"
+            for e in self.attribution
+        ]
+        return ["", "What each role gives back of w4a4's delta, nats per token:", head, *rows]
 
-def _delta_text(arm: ArmResult) -> str:
-    interval = arm.delta
+
+def _signed(interval: Interval | None) -> str:
     if interval is None or interval.estimate is None:
         return "-"
-    if arm.name == BASELINE:
-        return "0"
     if interval.low is None or interval.high is None:
         return f"{interval.estimate:+.4f} [no bounds]"
     return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def _delta_text(arm: ArmResult) -> str:
+    return "0" if arm.name == BASELINE and arm.delta is not None else _signed(arm.delta)
 
 
 def sentence(

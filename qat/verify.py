@@ -24,11 +24,11 @@ from bitplan.probe.checkpoint import Checkpoint, load_checkpoint, resolve_device
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.qat import record as files
 from bitplan.qat import verdict as arithmetic
-from bitplan.qat.arms import ARMS, BASELINE, RATIOS, Arm, select_arms
+from bitplan.qat.arms import ARMS, BASELINE, RATIOS, UNIFORM, Arm, attribution_arms, select_arms
 from bitplan.qat.recipe import Recipe
-from bitplan.qat.result import VERDICT_FILE, ArmResult, Verdict, sentence
+from bitplan.qat.result import VERDICT_FILE, ArmResult, Attribution, Verdict, sentence
 from bitplan.qat.train import Job, make_accelerator, train_arm
-from bitplan.qat.verdict import Interval
+from bitplan.qat.verdict import Floats, Interval
 from bitplan.rundir import RunDir, content_hash
 from bitplan.tables import TRAINED
 
@@ -41,7 +41,7 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
     Raises PlanError where the plan is for another checkpoint, DataError where the text is too
     short, TrainingError where a training cannot go on; arms finished until then stay.
     """
-    arms = select_arms(options.arms)
+    select_arms(options.arms)  # a wrong name is said before anything is loaded
     recipe = _recipe(options)
     device = resolve_device(options.device)
     directory = RunDir.open(run)
@@ -60,9 +60,18 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
             found = Verdict.from_json(directory.read_json(VERDICT_FILE))
             return replace(found, run=str(run), up_to_date=True)
         checkpoint = _load(model, options, recipe)
-        jobs = _jobs(plan, checkpoint, corpus, recipe, options, str(device))
-        _train(directory, checkpoint, jobs, arms, make_accelerator(device))
-        verdict = _judge(directory, plan, jobs, checkpoint, corpus)
+        spared = tuple(attribution_arms(plan).values())
+        if options.attribute and not spared:
+            raise PlanError(
+                f"--attribute puts one role at 8 bits, and the plan may use "
+                f"{', '.join(plan.formats)}: plan again with an 8-bit format in --formats"
+            )
+        # Arms of an earlier --attribute stay in the verdict.
+        table = {**ARMS, **{arm.name: arm for arm in spared}}
+        jobs = _jobs(plan, table, checkpoint, corpus, recipe, options, str(device))
+        wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
+        _train(directory, checkpoint, jobs, wanted, make_accelerator(device))
+        verdict = _judge(directory, plan, table, jobs, checkpoint, corpus)
         directory.write_json(VERDICT_FILE, verdict.as_json())
         directory.write_table(TRAINED.file, _with_trained(directory, jobs, verdict))
         written = [
@@ -130,6 +139,7 @@ def _load(model: Mapping[str, Any], options: VerifyOptions, recipe: Recipe) -> C
 
 def _jobs(
     plan: Plan,
+    table: Mapping[str, Arm],
     checkpoint: Checkpoint,
     corpus: Corpus,
     recipe: Recipe,
@@ -166,7 +176,7 @@ def _jobs(
             )
             for seed in seeds
         ]
-        for arm in ARMS.values()
+        for arm in table.values()
     }
 
 
@@ -198,6 +208,7 @@ def _train(
 def _judge(
     directory: RunDir,
     plan: Plan,
+    table: Mapping[str, Arm],
     jobs: Mapping[str, list[Job]],
     checkpoint: Checkpoint,
     corpus: Corpus,
@@ -222,7 +233,7 @@ def _judge(
     job = jobs[BASELINE][0]
     word = arithmetic.decide(ratios["after"])
     wanted = {BASELINE, *RATIOS["after"]} - set(done)
-    missing = tuple(name for name in ARMS if name in wanted)
+    missing = tuple(name for name in table if name in wanted)
     needed = None
     if word == "undetermined" and not missing:
         top, bottom = RATIOS["after"]
@@ -240,19 +251,20 @@ def _judge(
         arms=tuple(
             ArmResult(
                 name=name,
-                formats=_formats_text(plan, ARMS[name]),
+                formats=_formats_text(plan, table[name]),
                 loss=float(losses[name].mean()),
                 delta=arithmetic.delta(paired[name]) if paired else None,
                 seeds=seeds,
                 same_as=done[name][0]["same_as"],
             )
-            for name in ARMS
+            for name in table
             if name in done
         ),
         missing=tuple(name for name in ARMS if name not in done),
         seeds=seeds,
         tokens=job.train.numel(),
         heldout_tokens=job.heldout.numel(),
+        attribution=_attribution(plan, paired),
         noise=arithmetic.noise(paired),
         needed=more,
         notes=_notes(seeds, checkpoint, corpus),
@@ -260,6 +272,27 @@ def _judge(
         provenance=directory.provenance()
         | {"text": {"source": corpus.source, "content_hash": corpus.content_hash}},
     )
+
+
+def _attribution(plan: Plan, paired: Mapping[str, Floats]) -> tuple[Attribution, ...]:
+    """Return what 8 bits give back of w4a4's delta, by role, where its arms are finished."""
+    back = {
+        key: paired[UNIFORM] - paired[arm.name]
+        for key, arm in attribution_arms(plan).items()
+        if {UNIFORM, arm.name} <= set(paired)
+    }
+    found = []
+    for role in dict.fromkeys(role for role, _ in back):
+        weight, input_ = back.get((role, "weight")), back.get((role, "input"))
+        found.append(
+            Attribution(
+                role=role,
+                weight=None if weight is None else arithmetic.delta(weight),
+                input=None if input_ is None else arithmetic.delta(input_),
+                R=None if weight is None or input_ is None else arithmetic.ratio(input_, weight),
+            )
+        )
+    return tuple(found)
 
 
 def _with_trained(

@@ -132,6 +132,31 @@ def delta_chart(intervals: pl.DataFrame, seeds: pl.DataFrame) -> Chart:
     return sized(alt.layer(*layers), 44 * len(arms))
 
 
+def attribution_chart(given_back: pl.DataFrame) -> Chart:
+    """Draw what 8 bits at each role and operand alone give back of w4a4's delta."""
+    labels = given_back["label"].to_list()
+    roles = list(dict.fromkeys(given_back["role"]))
+    title = "given back of w4a4's delta by 8 bits there alone (nats per token)"
+    x = alt.X("estimate:Q", title=title, axis=alt.Axis(format="~g", tickCount=6))
+    ends = ("estimate", "low", "high")
+    base = inline(given_back).encode(
+        y=alt.Y("label:N", title=None, sort=labels, axis=alt.Axis(ticks=False, domain=False)),
+        color=alt.Color(
+            "role:N",
+            scale=alt.Scale(domain=roles, range=[theme.role_color(role) for role in roles]),
+            legend=None,
+        ),
+        tooltip=["role:N", "operand:N", *(alt.Tooltip(f"{e}:Q", format=".5f") for e in ends)],
+    )
+    drawn = alt.layer(
+        base.mark_bar(opacity=0.8, height=13).encode(x=x),
+        base.mark_rule(strokeWidth=2, color="theme:ink").encode(
+            x=alt.X("low:Q", title=title), x2="high:Q", color=alt.value("theme:ink")
+        ),
+    )
+    return sized(drawn, 26 * len(labels))
+
+
 def ratio_chart(intervals: pl.DataFrame, tolerance: Sequence[float]) -> Chart:
     """Draw R before and after with their intervals, and the band in which errors converge."""
     labels = intervals["label"].to_list()

@@ -98,7 +98,9 @@ def deltas(run: Run, name: str) -> Markup:
     measured = {
         arm: value
         for arm, value in (run.verdict.get("delta") or {}).items()
-        if arm != arm_summary.BASELINE and value is not None
+        if arm != arm_summary.BASELINE
+        and not arm.startswith(arm_summary.SPARED)
+        and value is not None
     }
     intervals = _intervals(measured, "arm")
     if not intervals.is_empty():
@@ -132,6 +134,17 @@ def deltas(run: Run, name: str) -> Markup:
                 title="R before and after the plan",
                 takeaway=takeaway,
                 data=ratios,
+            )
+        )
+    given_back = arm_summary.attribution(run.verdict)
+    if not given_back.is_empty():
+        drawn.append(
+            figure(
+                name + "-attribution",
+                arm_charts.attribution_chart(given_back),
+                title="Where the error comes from",
+                takeaway=words.attribution(given_back),
+                data=given_back.drop("label"),
             )
         )
     return section(name, title, lead, *drawn)

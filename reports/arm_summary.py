@@ -3,11 +3,16 @@
 Frames in, frames out. Arms are compared at equal seed and step, as their data is the same there.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import polars as pl
 
 from bitplan.reports.load import Arm
 
 BASELINE = "bf16"
+SPARED = "w4a4-"
+"""What the names of attribution arms begin with: w4a4 but for one operand of one role."""
 ARM_ORDER = ("bf16", "w4a16", "w16a4", "w4a4", "planned")
 CURVE_POINTS = 120
 CURVE_WINDOWS = 20
@@ -26,7 +31,10 @@ def copies(arms: tuple[Arm, ...]) -> dict[str, str]:
 
 
 def losses(arms: tuple[Arm, ...]) -> pl.DataFrame:
-    """Return arm, seed, step, tokens, loss of every training step; copies of an arm left out."""
+    """Return arm, seed, step, tokens, loss of every training step.
+
+    Copies of an arm and attribution arms are left out.
+    """
     frames = [
         arm.metrics.select(
             pl.lit(arm.name).alias("arm"),
@@ -36,7 +44,9 @@ def losses(arms: tuple[Arm, ...]) -> pl.DataFrame:
             "loss",
         )
         for arm in arms
-        if arm.metrics is not None and not arm.record.get("same_as")
+        if arm.metrics is not None
+        and not arm.record.get("same_as")
+        and not arm.name.startswith(SPARED)
     ]
     schema = {
         "arm": pl.String,
@@ -133,6 +143,23 @@ def training_stats(arms: tuple[Arm, ...]) -> pl.DataFrame:
         .agg(pl.col("kurtosis").median())
         .sort("arm", "role", "step")
     )
+
+
+def attribution(verdict: Mapping[str, Any]) -> pl.DataFrame:
+    """Return label, role, operand, estimate, low, high: what 8 bits give back of w4a4's delta.
+
+    The operand of a role that gives back most comes first.
+    """
+    rows = [
+        {"label": f"{role} {operand}s", "role": role, "operand": operand} | interval
+        for role, entry in (verdict.get("attribution") or {}).items()
+        for operand in ("input", "weight")
+        if (interval := entry.get(operand)) and interval.get("estimate") is not None
+    ]
+    names = dict.fromkeys(("label", "role", "operand"), pl.String)
+    numbers = dict.fromkeys(("estimate", "low", "high"), pl.Float64)
+    frame = pl.DataFrame(rows, schema={**names, **numbers})
+    return frame.sort("estimate", descending=True, maintain_order=True)
 
 
 def seed_deltas(arms: tuple[Arm, ...]) -> pl.DataFrame:

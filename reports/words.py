@@ -291,6 +291,26 @@ def ratio(verdict: Mapping[str, Any], tolerance: Sequence[float]) -> str:
     return f"After the plan the interval of R, {interval(after, RATIO_DIGITS)}, {where}."
 
 
+def attribution(given_back: pl.DataFrame) -> str:
+    """Say which operand of which role costs most, and where FC2's inputs, the usual suspect, stand.
+
+    given_back: arm_summary.attribution, the largest first.
+    """
+    first = given_back.row(0, named=True)
+    text = (
+        f"8 bits at the {first['operand']}s of {role_name(first['role'])} alone give back the most "
+        f"of the error of 4 bits everywhere, {interval(first, NATS_DIGITS)} nats per token"
+    )
+    place = given_back.with_row_index("place", offset=1).filter(role="fc2", operand="input")
+    if place.is_empty() or place.item(0, "place") == 1:
+        return text + "."
+    row = place.row(0, named=True)
+    return (
+        f"{text}; the inputs of {role_name('fc2')} come as number {row['place']}, "
+        f"{interval(row, NATS_DIGITS)}."
+    )
+
+
 def predicted_ratio(predicted: Mapping[str, Any]) -> str:
     """Say, after another sentence, which R the plan predicted; nothing where it predicted none."""
     before, trained = predicted.get("R"), predicted.get("R_trained")

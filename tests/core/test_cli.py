@@ -17,7 +17,7 @@ OPTIONS = {
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
-    "--device --seed --trust-remote-code --json",
+    "--attribute --device --seed --trust-remote-code --json",
     "report": "-o --output --json",
     "demo": "-o --output",
     "law predict": "--params --tokens --group-size --precision --json",

@@ -9,8 +9,8 @@ import pytest
 from bitplan.errors import BitplanError, PlanError
 from bitplan.formats import BF16, parse_format
 from bitplan.planner.plan import Plan
-from bitplan.qat.arms import ARMS, RATIOS, lowest, select_arms
-from bitplan.sites import PLANNED_ROLES, Site
+from bitplan.qat.arms import ARMS, RATIOS, attribution_arms, lowest, select_arms
+from bitplan.sites import OPERANDS, PLANNED_ROLES, Site
 
 
 @pytest.fixture
@@ -53,6 +53,26 @@ def test_each_arm_quantizes_its_operands(plan: Plan) -> None:
     assert {name: dict(arm.formats(plan)) for name, arm in ARMS.items()} == expected
     assert len(rule) == 14
     assert sum(fmt == high for fmt in rule.values()) == 2
+
+
+def test_attribution_spares_one_role_and_operand_at_a_time(plan: Plan) -> None:
+    low, high = parse_format("int4-g16"), parse_format("int8-g16")
+    arms = attribution_arms(plan)
+    assert list(arms) == [(role, op) for role in ("qkv", "o", "fc1", "fc2") for op in OPERANDS]
+    assert arms["fc2", "input"].name == "w4a4-fc2-input-8"
+    everything = ARMS["w4a4"].formats(plan)
+    spared = []
+    for (role, operand), arm in arms.items():
+        formats = arm.formats(plan)
+        assert formats.keys() == everything.keys()
+        raised = {site for site, fmt in formats.items() if fmt == high}
+        assert raised == {
+            Site.parse(c.site) for c in plan.sites if (c.role, c.operand) == (role, operand)
+        }
+        assert {fmt for site, fmt in formats.items() if site not in raised} == {low}
+        spared += raised
+    assert sorted(map(str, spared)) == sorted(map(str, everything))
+    assert attribution_arms(replace(plan, formats=("int4-g16",))) == {}
 
 
 def test_a_pinned_site_is_low_in_the_uniform_arms_and_bf16_in_the_plans(plan: Plan) -> None:

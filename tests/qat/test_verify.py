@@ -17,7 +17,7 @@ from bitplan.cli import main
 from bitplan.errors import BitplanError, CheckpointError, DataError, PlanError, RunError
 from bitplan.options import VerifyOptions
 from bitplan.qat import train, verify
-from bitplan.qat.arms import ARMS
+from bitplan.qat.arms import ARMS, attribution_arms
 from bitplan.qat.result import Verdict
 from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir
@@ -118,6 +118,43 @@ def test_every_arm_leaves_its_files_and_the_verdict_adds_up(
     assert lines[0].startswith(found.verdict)
     assert any(line.startswith("planned-weights") and "(as w4a16)" in line for line in lines)
     assert lines[-1] == f"next: bitplan report {at.run}"
+
+
+def test_attribution_measures_each_role_and_stays(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready(steps=1)
+    plain = verify_plan(at.run, at.options)
+    assert plain.attribution == ()
+    seen = trained(monkeypatch)
+    found = verify_plan(at.run, replace(at.options, attribute=True))
+    arms = attribution_arms(at.plan)
+    # The plan is every FC2 input at 8 bits: that arm is `planned`, trained already.
+    assert {arm for arm, _ in seen} == {a.name for a in arms.values()} - {"w4a4-fc2-input-8"}
+    value = json.loads((at.run / "verdict.json").read_text())
+    delta = {name: entry["estimate"] for name, entry in value["delta"].items()}
+    for (role, operand), arm in arms.items():
+        entry = value["attribution"][role]
+        given_back = delta["w4a4"] - delta[arm.name]
+        assert entry[operand]["estimate"] == pytest.approx(given_back, abs=1e-12)
+        assert entry[operand]["low"] <= given_back <= entry[operand]["high"]
+    fc2 = value["attribution"]["fc2"]
+    assert fc2["R"]["estimate"] == pytest.approx(
+        fc2["input"]["estimate"] / fc2["weight"]["estimate"]
+    )
+    assert replace(Verdict.from_json(value), run=found.run) == found
+    assert "What each role gives back" in found.as_text()
+    # Asked without it, what was trained is still told.
+    again = verify_plan(at.run, at.options)
+    assert again.attribution == found.attribution
+
+
+def test_attribution_needs_a_format_of_8_bits(ready: Make) -> None:
+    at = ready(high=())
+    narrow = replace(at.plan, formats=("int4-g16",))
+    (at.run / "plan.json").write_text(json.dumps(narrow.as_json()))
+    with pytest.raises(PlanError, match="--attribute puts one role at 8 bits"):
+        verify_plan(at.run, replace(at.options, attribute=True))
 
 
 def test_the_same_options_twice_are_up_to_date(

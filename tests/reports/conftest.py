@@ -281,6 +281,13 @@ class Synthetic:
                 arm: {"estimate": d, "low": d - 0.0008, "high": d + 0.0008, "seeds": 3}
                 for arm, d in ARMS.items()
             },
+            "attribution": {
+                role: {
+                    operand: {"estimate": d, "low": d - 0.0008, "high": d + 0.0008}
+                    for operand, d in (("input", given_back), ("weight", given_back / 6))
+                }
+                for role, given_back in (("qkv", 0.006), ("fc1", 0.004), ("fc2", 0.014))
+            },
             "tolerance": [0.8, 1.25],
             "noise": {"seed_std": 0.0003, "evaluation_stderr": 0.0002, "floor": 0.0009},
         }

@@ -63,6 +63,7 @@ def test_a_whole_run_shows_every_section(whole: Path) -> None:
         "r1-training-stats-planned",
         "r1-measured-arms",
         "r1-measured-ratio",
+        "r1-measured-attribution",
     }
     read = Reader(page_without_bundle(html))
     ids = [value for key, value in read.attributes if key == "id"]

@@ -128,6 +128,11 @@ def test_long_curves_are_thinned_but_keep_their_ends() -> None:
     assert curve["tokens"].to_list()[:: curve.height - 1] == [10, 50_000]
 
 
+def test_attribution_arms_are_not_drawn_as_curves() -> None:
+    arms = (arm("w4a4", 0, [1.0]), arm("w4a4-fc2-input-8", 0, [1.0]))
+    assert arm_summary.losses(arms)["arm"].to_list() == ["w4a4"]
+
+
 def test_a_copy_of_an_arm_is_named_and_drawn_once() -> None:
     arms = (arm("w4a16", 0, [1.0]), arm("planned-weights", 0, [1.0], same_as="w4a16"))
     assert arm_summary.losses(arms)["arm"].to_list() == ["w4a16"]

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from bitplan.reports import summary, words
+from bitplan.reports import arm_summary, summary, words
 
 BAND = (0.8, 1.25)
 
@@ -298,3 +298,23 @@ def test_the_predicted_ratio_stands_beside_the_measured_one() -> None:
     assert words.predicted_ratio({"R": 1.131}) == untrained + "."
     both = words.predicted_ratio({"R": 1.131, "R_trained": 0.98})
     assert both == untrained + ", 0.98 after training."
+
+
+def test_attribution_names_the_largest_and_the_usual_suspect() -> None:
+    def entry(estimate: float) -> dict[str, float]:
+        return {"estimate": estimate, "low": estimate - 0.001, "high": estimate + 0.001}
+
+    found = {
+        "fc2": {"input": entry(0.02), "weight": entry(0.004), "R": None},
+        "qkv": {"input": entry(0.03), "weight": None, "R": None},
+    }
+    frame = arm_summary.attribution({"attribution": found})
+    assert frame["label"].to_list() == ["qkv inputs", "fc2 inputs", "fc2 weights"]
+    said = words.attribution(frame)
+    assert said.startswith("8 bits at the inputs of QKV alone give back the most")
+    assert "0.0300 (0.0290 to 0.0310)" in said
+    assert "the inputs of FC2 come as number 2, 0.0200 (0.0190 to 0.0210)" in said
+    del found["qkv"]
+    alone = words.attribution(arm_summary.attribution({"attribution": found}))
+    assert "number" not in alone
+    assert arm_summary.attribution({}).is_empty()
