@@ -240,6 +240,14 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     PlanOptions, "formats", "--formats", show_default=True, help="Formats to choose from."
 )
 @click.option("--per-role", is_flag=True, help="One format per role and operand.")
+@click.option(
+    "--quantizer",
+    "quantizers",
+    multiple=True,
+    metavar="GLOB=NAME",
+    help="Train scales: lwc, lsq (weights), lac (inputs) or absmax.  [default: lac for inputs "
+    "from 256 elements a scale on]",
+)
 @_json
 def plan(run: Path, as_json: bool, **options: Any) -> None:
     """Choose a format for every site under a budget, with a reason for each.

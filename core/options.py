@@ -65,6 +65,8 @@ class PlanOptions:
     """Formats the planner may choose from."""
     per_role: bool = False
     """One format per role and operand."""
+    quantizers: tuple[str, ...] = ()
+    """GLOB=NAME: how training finds scales; default: lac for inputs of groups from 256 on."""
 
 
 @dataclass(frozen=True, kw_only=True)

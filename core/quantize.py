@@ -25,10 +25,10 @@ def quantize_dequantize(x: Tensor, fmt: Format) -> Tensor:
     """
     if not fmt.is_quantized or x.numel() == 0:
         return x
-    return _ungroup(_round_groups(_group(x.float(), fmt), fmt), x).to(x.dtype)
+    return ungroup(_round_groups(group(x.float(), fmt), fmt), x).to(x.dtype)
 
 
-def _group(x: Tensor, fmt: Format) -> Tensor:
+def group(x: Tensor, fmt: Format) -> Tensor:
     """Lay out `x` so that the elements that share a scale are the last dimension."""
     if fmt.granularity == "tensor":
         return x.reshape(1, -1)
@@ -40,8 +40,8 @@ def _group(x: Tensor, fmt: Format) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, size)  # [..., group, group_size]
 
 
-def _ungroup(q: Tensor, like: Tensor) -> Tensor:
-    """Undo `_group`: drop the padding and restore the shape of `like`."""
+def ungroup(q: Tensor, like: Tensor) -> Tensor:
+    """Undo `group`: drop the padding and restore the shape of `like`."""
     if q.dim() > like.dim():
         q = q.flatten(-2)[..., : like.shape[-1]]
     return q.reshape(like.shape)

@@ -59,7 +59,7 @@ def apply_pins(sites: Sequence[Described], pins: Sequence[str]) -> dict[str, Pin
     """
     pinned: dict[str, Pin] = {}
     for pin in map(parse_pin, pins):
-        matched = [s for s in sites if any(fnmatchcase(n, pin.glob) for n in _names(s))]
+        matched = [s for s in sites if any(fnmatchcase(n, pin.glob) for n in spellings(s))]
         if not matched:
             raise PlanError(f"--pin {str(pin)!r} matches no site{_near(pin.glob, sites)}")
         for site in matched:
@@ -73,12 +73,13 @@ def apply_pins(sites: Sequence[Described], pins: Sequence[str]) -> dict[str, Pin
     return pinned
 
 
-def _names(site: Described) -> tuple[str, ...]:
+def spellings(site: Described) -> tuple[str, ...]:
+    """Return the names of a site that a glob is compared with."""
     return site.site, site.module, site.role, f"{site.role}:{site.operand}"
 
 
 def _near(glob: str, sites: Sequence[Described]) -> str:
-    known = dict.fromkeys(name for site in sites for name in _names(site))
+    known = dict.fromkeys(name for site in sites for name in spellings(site))
     if near := difflib.get_close_matches(glob, known, n=3, cutoff=0.5):
         return f": did you mean {' or '.join(near)}?"
     roles = ", ".join(dict.fromkeys(site.role for site in sites))

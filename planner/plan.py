@@ -100,6 +100,8 @@ class Plan:
     formats: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
     per_role: bool = False
+    quantizers: Mapping[str, str] = field(default_factory=dict)
+    """Site to quantizer, where training is not to take the default (quantizers.py)."""
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,6 +128,7 @@ class Plan:
             "formats": list(self.formats),
             "pins": list(self.pins),
             "per_role": self.per_role,
+            "quantizers": dict(self.quantizers),
             "notes": list(self.notes),
             "sites": {choice.site: choice.as_json() for choice in self.sites},
             "provenance": dict(self.provenance),

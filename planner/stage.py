@@ -23,6 +23,7 @@ from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
 from bitplan.planner.plan import PLAN_FILE, Plan, Predicted, read_plan
 from bitplan.planner.problem import Ints, Problem, read_problem
+from bitplan.planner.quantizers import named_quantizers
 from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
@@ -119,6 +120,7 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         formats=options.formats,
         pins=options.pins,
         per_role=options.per_role,
+        quantizers=named_quantizers(problem.sites, options.quantizers),
         notes=(*notes, *said, *_facts(problem, choice, limits), *_weights_note(directory)),
         provenance=directory.provenance(),
     )

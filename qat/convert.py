@@ -11,14 +11,24 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format
+from bitplan.planner.quantizers import ABSMAX, QUANTIZERS
 from bitplan.probe.modules import LinearModule, find_linears
-from bitplan.qat.quantizers import InputQuantizer, WeightQuantizer
+from bitplan.qat.quantizers import (
+    FACTORS,
+    INPUT_FACTOR,
+    WEIGHT_FACTOR,
+    InputQuantizer,
+    WeightQuantizer,
+    factor_shape,
+    first_step,
+)
 from bitplan.sites import OPERANDS, Site
 
 
@@ -80,11 +90,16 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 _BACK = {new: old for old, new in _SWAPS.items()}
 
 
-def convert(model: nn.Module, formats: Mapping[Site, Format]) -> ConversionReport:
+def convert(
+    model: nn.Module, formats: Mapping[Site, Format], quantizers: Mapping[Site, str] | None = None
+) -> ConversionReport:
     """Make `model` compute under `formats`, in place; return what became of every site.
 
+    quantizers: the sites whose scales are trained, and by which quantizer; all else is `absmax`.
+    Their factors are parameters of the linear, `input_factor` and `weight_factor`.
+
     Raises PlanError, before anything is changed, for a site that the model lacks, a format that
-    does not fit its operand, or a module that cannot be swapped.
+    does not fit its operand or its quantizer, or a module that cannot be swapped.
     """
     found = find_linears(model)
     sites = [
@@ -94,7 +109,13 @@ def convert(model: nn.Module, formats: Mapping[Site, Format]) -> ConversionRepor
         if operand == "weight" or module.has_input
     ]
     quantized = {site: fmt for site, fmt in formats.items() if fmt.is_quantized}
+    trained = {
+        site: name
+        for site, name in (quantizers or {}).items()
+        if site in quantized and name != ABSMAX
+    }
     _check(found, sites, formats, quantized)
+    _check_quantizers(quantized, trained)
     restore(model)  # what an earlier plan converted
     found = find_linears(model)
     readers = Counter(
@@ -107,18 +128,28 @@ def convert(model: nn.Module, formats: Mapping[Site, Format]) -> ConversionRepor
         weight_format = quantized.get(linear.site("weight"))
         if input_format is None and weight_format is None:
             continue
-        quantize_input = None
+        new = _swapped(module.module, _SWAPS)
+        quantize_input = quantize_weight = None
         if input_format is not None:
-            quantize_input = shared.setdefault(
-                (linear.fused or linear.module, input_format),
-                InputQuantizer(
+            key = (linear.fused or linear.module, input_format)
+            if key not in shared:
+                shared[key] = InputQuantizer(
                     input_format,
                     num_readers=readers[linear.fused, input_format] if linear.fused else 1,
-                ),
+                    factor=_factor(module, input_format, trained.get(linear.site("input"))),
+                )
+            quantize_input = shared[key]
+            _own(new, INPUT_FACTOR, quantize_input.factor)
+        if weight_format is not None:
+            name = trained.get(linear.site("weight"))
+            quantize_weight = WeightQuantizer(
+                weight_format,
+                factor=_factor(module, weight_format, name),
+                step=first_step(module.weight(), weight_format) if name == "lsq" else None,
             )
-        new = _swapped(module.module, _SWAPS)
+            _own(new, WEIGHT_FACTOR, quantize_weight.factor)
         new.quantize_input = quantize_input  # type: ignore[assignment]  # no module, no tensor
-        new.quantize_weight = WeightQuantizer(weight_format) if weight_format else None  # type: ignore[assignment]
+        new.quantize_weight = quantize_weight  # type: ignore[assignment]
         _replace(model, module.module, new)
     return ConversionReport(
         converted=quantized,
@@ -127,11 +158,28 @@ def convert(model: nn.Module, formats: Mapping[Site, Format]) -> ConversionRepor
     )
 
 
+def _factor(module: LinearModule, fmt: Format, quantizer: str | None) -> nn.Parameter | None:
+    """Return a trained factor at its start, 1, on the weight's device; None for AbsMax."""
+    if quantizer is None:
+        return None
+    weight = module.weight()
+    shape = factor_shape(weight.detach(), fmt, quantizer)
+    return nn.Parameter(torch.ones(shape, device=weight.device))
+
+
+def _own(module: nn.Module, name: str, factor: Tensor | None) -> None:
+    if factor is not None:
+        assert isinstance(factor, nn.Parameter)
+        module.register_parameter(name, factor)
+
+
 def restore(model: nn.Module) -> None:
     """Undo `convert`, in place: plain linears again, with the parameters as they are now."""
     for module in list(model.modules()):
         if type(module) in _BACK:
             _replace(model, module, _swapped(module, _BACK))
+            for name in FACTORS:
+                module._parameters.pop(name, None)  # the dict is that of the plain linear too
 
 
 def _check(
@@ -158,6 +206,18 @@ def _check(
                 f"{planned[0]} is planned as {quantized[planned[0]]}, but "
                 f"{type(module.module).__name__} modules cannot be quantized: "
                 f"pin it, --pin '{module.linear.module}*=bf16'"
+            )
+
+
+def _check_quantizers(quantized: Mapping[Site, Format], trained: Mapping[Site, str]) -> None:
+    """Raise PlanError where a trained quantizer does not fit the operand or the format."""
+    for site, name in trained.items():
+        if name not in QUANTIZERS or site.operand not in QUANTIZERS[name].operands:
+            raise PlanError(f"{name} at {site}: this quantizer is not one for {site.operand}s")
+        if quantized[site].kind != "int":
+            raise PlanError(
+                f"{name} at {site}: it trains the scales of integers, and {quantized[site]} has "
+                f"scales of its own; take {ABSMAX}"
             )
 
 

@@ -1,13 +1,24 @@
 """Fake quantization with a straight-through estimator: forward rounds, backward does not see it.
 
-    forward   quantize_dequantize(x, format), to the last bit (core/quantize.py)
-    backward  the identity: dL/dx = dL/dq
+`fake_quantize` is the paper's AbsMax quantizer (arXiv 2505.14302, section 3):
 
-That is the paper's AbsMax quantizer (arXiv 2505.14302, section 3): the scale covers the range, so
-no gradient is clipped, and the scale itself gets none. Rounding is repeated where it must be and
-nowhere else: a tensor that several linears read (q/k/v; gate/up) is rounded once a forward pass,
-and a weight once per value while no gradients are recorded (evaluation). In training every pass
-rounds the weights anew, since a step follows each; nothing stale can be trained on.
+    forward   quantize_dequantize(x, format), to the last bit (core/quantize.py)
+    backward  the identity: dL/dx = dL/dq; the scale covers the range and gets no gradient
+
+`scaled_fake_quantize` trains the scale. With u = x / s and half = 2^(b-1):
+
+    forward   q = s clamp(round(u), -half, half - 1)
+    backward  with the rounding r = round(u) - u held still, q = x + s r: dq/dx = 1, dq/ds = r;
+              beyond the clamp q = s (half - 1) or -s half: dq/dx = 0, dq/ds = half - 1 or -half
+
+which is LSQ's estimator (arXiv 1902.08153). LWC, LAC and LSQ differ in what the scale is made of: a
+trained factor, 1 at first, times the AbsMax scale of the tensor as it is (LWC per weight scale, LAC
+per group index for all tokens), or times LSQ's step at the start (2 mean|x| / sqrt(half - 1)).
+
+Rounding is repeated where it must be and nowhere else: a tensor that several linears read (q/k/v;
+gate/up) is rounded once a forward pass, and a weight once per value while no gradients are recorded
+(evaluation). In training every pass rounds the weights anew, since a step follows each; nothing
+stale can be trained on.
 """
 
 from typing import Any
@@ -16,7 +27,11 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.quantize import quantize_dequantize
+from bitplan.quantize import group, quantize_dequantize, ungroup
+
+INPUT_FACTOR, WEIGHT_FACTOR = FACTORS = ("input_factor", "weight_factor")
+"""Names of the parameters that a linear gets where the scales of its sites are trained."""
+MIN_FACTOR = 1e-3
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -42,14 +57,68 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
     return straight_through(x, quantize_dequantize(x.detach(), fmt))
 
 
+class _Scaled(torch.autograd.Function):
+    """The rounding of grouped values [..., group_size] by scales that broadcast against them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, half: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.half = half
+        return (x / scale).round_().clamp_(-half, half - 1).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        (grad,), (x, scale), half = grads, ctx.saved_tensors, ctx.half
+        u = x / scale
+        rounded = u.round()
+        inside = (rounded >= -half) & (rounded <= half - 1)
+        to_scale = torch.where(inside, rounded - u, rounded.clamp_(-half, half - 1))
+        return grad * inside, (grad * to_scale).sum_to_size(scale.shape), None
+
+
+def scaled_fake_quantize(x: Tensor, fmt: Format, factor: Tensor, step: Tensor | None) -> Tensor:
+    """Return `x` rounded to an integer format under trained scales; [..., in_features].
+
+    factor: as `factor_shape` says, above 0. step: the scales it multiplies, None for the AbsMax
+    scales of `x` itself. Gradients go to `x` and to `factor`.
+    """
+    half = 2 ** (fmt.bits - 1)
+    grouped = group(x.float(), fmt)
+    if step is None:
+        step = grouped.detach().abs().amax(-1, keepdim=True) / half
+    # A factor at zero or below would turn signs round; a group of zeros has no scale.
+    scale = factor.float().clamp_min(MIN_FACTOR) * torch.where(step == 0, 1.0, step)
+    rounded: Tensor = _Scaled.apply(grouped, scale, half)  # type: ignore[no-untyped-call]
+    return ungroup(rounded, x).to(x.dtype)
+
+
+def factor_shape(weight: Tensor, fmt: Format, quantizer: str) -> tuple[int, ...]:
+    """Return the shape of a quantizer's trained factor beside a weight [out, in].
+
+    `lac` has one factor per group of the input dimension, the others one per scale of the weight.
+    """
+    rows = weight[:1] if quantizer == "lac" else weight
+    shape = (*group(rows, fmt).shape[:-1], 1)
+    return shape[1:] if quantizer == "lac" else shape
+
+
+def first_step(weight: Tensor, fmt: Format) -> Tensor:
+    """Return LSQ's scales at the start, of the shape of its factor (arXiv 1902.08153, eq. 2.1)."""
+    half = 2 ** (fmt.bits - 1)
+    mean = group(weight.detach().float(), fmt).abs().mean(-1, keepdim=True)
+    step: Tensor = 2 * mean / (half - 1) ** 0.5
+    return step
+
+
 class InputQuantizer:
     """Fake-quantizes the input of `num_readers` linears, once for all that read the same tensor.
 
     The result is dropped after the last reader, so that no activation outlives its pass.
     """
 
-    def __init__(self, fmt: Format, *, num_readers: int = 1) -> None:
+    def __init__(self, fmt: Format, *, num_readers: int = 1, factor: Tensor | None = None) -> None:
         self.format = fmt
+        self.factor = factor
         self.num_readers = num_readers
         self._slot: tuple[Tensor, int, Tensor] | None = None
         self._reads = 0
@@ -57,9 +126,9 @@ class InputQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` rounded, [..., in_features]."""
         if self.num_readers == 1 or x.is_inference():
-            return fake_quantize(x, self.format)
+            return self._round(x)
         if self._slot is None or self._slot[0] is not x or self._slot[1] != x._version:
-            self._slot = (x, x._version, fake_quantize(x, self.format))
+            self._slot = (x, x._version, self._round(x))
             self._reads = 0
         self._reads += 1
         quantized = self._slot[2]
@@ -67,20 +136,32 @@ class InputQuantizer:
             self._slot = None
         return quantized
 
+    def _round(self, x: Tensor) -> Tensor:
+        return _rounded(x, self.format, self.factor, None)
+
 
 class WeightQuantizer:
     """Fake-quantizes a weight [out_features, in_features], once per value under `no_grad`."""
 
-    def __init__(self, fmt: Format) -> None:
+    def __init__(
+        self, fmt: Format, *, factor: Tensor | None = None, step: Tensor | None = None
+    ) -> None:
         self.format = fmt
-        self._slot: tuple[tuple[int, int], Tensor] | None = None
+        self.factor = factor
+        self.step = step
+        self._slot: tuple[tuple[int, ...], Tensor] | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the weight rounded along its last dimension."""
         if torch.is_grad_enabled() or weight.is_inference():
             self._slot = None
-            return fake_quantize(weight, self.format)
-        key = (weight._version, weight.data_ptr())
+            return _rounded(weight, self.format, self.factor, self.step)
+        trained = () if self.factor is None else (self.factor._version, self.factor.data_ptr())
+        key = (weight._version, weight.data_ptr(), *trained)
         if self._slot is None or self._slot[0] != key:
-            self._slot = (key, quantize_dequantize(weight, self.format))
+            self._slot = (key, _rounded(weight, self.format, self.factor, self.step))
         return self._slot[1]
+
+
+def _rounded(x: Tensor, fmt: Format, factor: Tensor | None, step: Tensor | None) -> Tensor:
+    return fake_quantize(x, fmt) if factor is None else scaled_fake_quantize(x, fmt, factor, step)

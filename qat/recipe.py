@@ -1,7 +1,8 @@
 """How every arm is trained: the paper's recipe (arXiv 2505.14302, section 4) as pure functions.
 
 AdamW (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to norm 1, a short warmup, then a
-cosine to a tenth of the peak. The learning rate and the length are the user's.
+cosine to a tenth of the peak. The learning rate and the length are the user's. Factors of trained
+scales (quantizers.py) start at 1 and follow the same schedule from a peak of their own, undecayed.
 """
 
 import math
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bitplan.qat.quantizers import FACTORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +29,21 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     """Applied to parameters of two dimensions or more."""
+    factor_lr: float = 1e-2
+    """Peak learning rate of the factors of trained scales."""
     clip_norm: float = 1.0
     records: int = 2
     """How often statistics are recorded: half way and at the end."""
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the rate of step `step`, from 0: linear warmup, then a cosine to the final share."""
+def schedule(step: int, recipe: Recipe) -> float:
+    """Return the share of the peak rate at step `step`, from 0: linear warmup, then a cosine."""
     warmup = max(1, round(recipe.warmup_share * recipe.steps))
     if step < warmup:
-        return recipe.lr * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, recipe.steps - warmup)
     final = recipe.final_lr_share
-    return recipe.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
@@ -52,10 +57,20 @@ def sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW over all parameters, with weight decay on the matrices alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Return AdamW over all parameters, with weight decay on the matrices alone.
+
+    Each group keeps its peak learning rate as `peak_lr`, which the schedule multiplies.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factors = [p for name, p in named if name.endswith(FACTORS)]
+    weights = [p for name, p in named if not name.endswith(FACTORS)]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        (recipe.lr, recipe.weight_decay, [p for p in weights if p.dim() >= 2]),
+        (recipe.lr, 0.0, [p for p in weights if p.dim() < 2]),
+        (recipe.factor_lr, 0.0, factors),
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+    return torch.optim.AdamW(
+        [{"params": ps, "lr": lr, "peak_lr": lr, "weight_decay": d} for lr, d, ps in groups if ps],
+        betas=recipe.betas,
+        fused=True,
+    )

@@ -33,8 +33,9 @@ from bitplan.progress import track
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.convert import convert
-from bitplan.qat.recipe import Recipe, learning_rate, make_optimizer, sequence_losses
+from bitplan.qat.recipe import Recipe, make_optimizer, schedule, sequence_losses
 from bitplan.rundir import RunDir, content_hash, hardware, write_atomic
+from bitplan.sites import Site
 from bitplan.tables import HELDOUT, METRICS, PROFILE
 
 SAVE_EVERY_S = 60.0
@@ -47,6 +48,8 @@ class Job:
     arm: str
     seed: int
     formats: Formats
+    quantizers: Mapping[Site, str]
+    """The sites whose scales are trained, and by which quantizer."""
     recipe: Recipe
     train: Tensor
     """[steps * batch_size, seq_len] token ids, in the order of training."""
@@ -62,6 +65,7 @@ class Job:
             "recipe": {**asdict(self.recipe), "betas": list(self.recipe.betas)},
             "seed": self.seed,
             "formats": {str(site): str(fmt) for site, fmt in self.formats.items()},
+            "quantizers": {str(site): name for site, name in self.quantizers.items()},
             **self.context,
         }
 
@@ -134,7 +138,7 @@ class _Training:
         plain = copy.deepcopy(model)
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
-        self.sites = len(convert(plain, job.formats).converted)
+        self.sites = len(convert(plain, job.formats, job.quantizers).converted)
         self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
         self.step = 0
@@ -166,11 +170,11 @@ class _Training:
 
     def take_step(self, step: int) -> None:
         """Train on one batch; every process takes its share of the rows."""
-        recipe, lr = self.job.recipe, learning_rate(step, self.job.recipe)
+        recipe, share_of_peak = self.job.recipe, schedule(step, self.job.recipe)
         # The index alone decides about dropout: arms share their masks, and a resumed run has them.
         torch.manual_seed(self.job.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["peak_lr"] * share_of_peak
         rows = self.job.train[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         batch = share.to(self.accelerator.device)
@@ -190,7 +194,7 @@ class _Training:
                 "step": self.step,
                 "tokens": self.step * rows.numel(),
                 "loss": value,
-                "lr": lr,
+                "lr": recipe.lr * share_of_peak,
                 "grad_norm": float(norm),
                 "seconds": self.seconds,
             }

@@ -20,16 +20,28 @@ from torch import Tensor
 from bitplan.errors import BitplanError, CheckpointError, PlanError
 from bitplan.options import VerifyOptions
 from bitplan.planner.plan import Plan, read_plan
+from bitplan.planner.quantizers import ABSMAX, default_quantizer
 from bitplan.probe.checkpoint import Checkpoint, load_checkpoint, resolve_device
+from bitplan.probe.modules import find_linears
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.qat import record as files
 from bitplan.qat import verdict as arithmetic
-from bitplan.qat.arms import ARMS, BASELINE, RATIOS, UNIFORM, Arm, attribution_arms, select_arms
+from bitplan.qat.arms import (
+    ARMS,
+    BASELINE,
+    RATIOS,
+    UNIFORM,
+    Arm,
+    Formats,
+    attribution_arms,
+    select_arms,
+)
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, ArmResult, Attribution, Verdict, sentence
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.qat.verdict import Floats, Interval
 from bitplan.rundir import RunDir, content_hash
+from bitplan.sites import Linear, Site
 from bitplan.tables import TRAINED
 
 STAGE = "verify"
@@ -156,6 +168,7 @@ def _jobs(
 
     # One seed for all, and not the first of the seeds: more seeds later meet the same text.
     heldout = ids("heldout", options.eval_tokens, 0)
+    linears = {item.linear.module: item.linear for item in find_linears(checkpoint.model)}
     seeds = range(options.seed, options.seed + options.seeds)
     train = {seed: ids("train", tokens, seed) for seed in seeds}
     return {
@@ -163,7 +176,8 @@ def _jobs(
             Job(
                 arm=arm.name,
                 seed=seed,
-                formats=arm.formats(plan),
+                formats=(formats := arm.formats(plan)),
+                quantizers=_quantizers(plan, formats, linears),
                 recipe=recipe,
                 train=train[seed],
                 heldout=heldout,
@@ -178,6 +192,17 @@ def _jobs(
         ]
         for arm in table.values()
     }
+
+
+def _quantizers(plan: Plan, formats: Formats, linears: Mapping[str, Linear]) -> dict[Site, str]:
+    """Return the sites whose scales an arm trains: as the plan names them, or by default."""
+    found = {
+        site: plan.quantizers.get(str(site))
+        or default_quantizer(fmt, site.operand, linears[site.module].in_features)
+        for site, fmt in formats.items()
+        if site.module in linears  # convert refuses the others
+    }
+    return {site: name for site, name in found.items() if name != ABSMAX}
 
 
 def _hash(ids: Tensor) -> str:

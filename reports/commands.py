@@ -16,7 +16,7 @@ STAGES: dict[str, type] = {
     "plan": PlanOptions,
     "verify": VerifyOptions,
 }
-_REPEATED = {"data": "--data", "pins": "--pin"}
+_REPEATED = {"data": "--data", "pins": "--pin", "quantizers": "--quantizer"}
 _OFF = {"sensitivity": "--no-sensitivity"}
 
 

@@ -11,6 +11,7 @@ from bitplan.errors import PlanError
 from bitplan.formats import Format, parse_format
 from bitplan.probe.modules import find_linears
 from bitplan.qat.convert import FakeQuantizedLinear, convert, restore
+from bitplan.qat.recipe import Recipe, make_optimizer
 from bitplan.quantize import quantize_dequantize
 from bitplan.sites import PLANNED_ROLES, Site
 
@@ -179,3 +180,49 @@ def test_converting_twice_takes_the_second_plan(build: Callable[[str], Any]) -> 
     convert(model, formats)
     convert(once, formats)
     assert torch.equal(logits(model), logits(once))
+
+
+def test_trained_scales_are_parameters_of_their_linears_until_restored(
+    build: Callable[[str], Any],
+) -> None:
+    model = build("llama")
+    formats = everything(model)
+    names = {
+        site: "lac" if site.operand == "input" else "lwc"
+        for site in formats
+        if "down_proj" in site.module or "q_proj" in site.module
+    }
+    for site in formats:  # what reads one tensor shares one factor
+        if site.operand == "input" and site.module.endswith(("k_proj", "v_proj")):
+            names[site] = "lac"
+    before, plain = logits(model), dict(model.named_parameters())
+    convert(model, formats, names)
+    found = dict(model.named_parameters())
+    added = found.keys() - plain.keys()
+    assert {name.rpartition(".")[2] for name in added} == {"input_factor", "weight_factor"}
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.input_factor is attention.v_proj.input_factor
+    assert not hasattr(attention.v_proj, "weight_factor")
+    (model(input_ids=torch.arange(20)[None] + 60).logits.square().mean()).backward()
+    moved = [name for name in added if found[name].grad.abs().sum() > 0]
+    assert len(moved) == len(added)
+    groups = make_optimizer(model, Recipe(steps=1, batch_size=1, seq_len=8, lr=1e-4)).param_groups
+    of_factors = [g for g in groups if g["peak_lr"] == 1e-2]
+    assert sum(len(g["params"]) for g in of_factors) == len(added)
+    assert of_factors[0]["weight_decay"] == 0
+    restore(model)
+    assert dict(model.named_parameters()).keys() == plain.keys()
+    assert torch.equal(logits(model), before)
+
+
+def test_a_quantizer_that_does_not_fit_is_refused_before_anything_changes(
+    build: Callable[[str], Any],
+) -> None:
+    model = build("llama")
+    formats = everything(model)
+    weight = next(site for site in formats if site.operand == "weight")
+    with pytest.raises(PlanError, match="not one for weights"):
+        convert(model, formats, {weight: "lac"})
+    with pytest.raises(PlanError, match="trains the scales of integers"):
+        convert(model, everything(model, parse_format("nvfp4")), {weight: "lsq"})
+    assert not any(isinstance(m, FakeQuantizedLinear) for m in model.modules())

@@ -18,7 +18,7 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
 from bitplan.qat import train
 from bitplan.qat.arms import ARMS
-from bitplan.qat.recipe import Recipe, learning_rate
+from bitplan.qat.recipe import Recipe, schedule
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.rundir import RunDir, write_atomic
 from bitplan.tables import METRICS, PROFILE
@@ -38,6 +38,7 @@ def job(ready: Callable[..., Any]) -> Job:
         arm="planned",
         seed=3,
         formats=ARMS["planned"].formats(ready().plan),
+        quantizers={},
         recipe=RECIPE,
         train=torch.randint(0, 257, (10, 24), generator=generator),
         heldout=torch.randint(0, 257, (5, 24), generator=generator),
@@ -80,14 +81,14 @@ class Killed(Exception):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the training die as step `step`, from 0, begins."""
-    real = train.learning_rate
+    real = train.schedule
 
     def dying(at: int, recipe: Recipe) -> float:
         if at == step:
             raise Killed
         return real(at, recipe)
 
-    monkeypatch.setattr(train, "learning_rate", dying)
+    monkeypatch.setattr(train, "schedule", dying)
 
 
 def test_the_same_job_twice_gives_the_same_files_to_the_bit(
@@ -264,7 +265,7 @@ def test_running_out_of_memory_names_what_to_try(
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     recipe = replace(RECIPE, steps=100, warmup_share=0.1)
-    rates = np.array([learning_rate(step, recipe) for step in range(101)])
+    rates = np.array([recipe.lr * schedule(step, recipe) for step in range(101)])
     assert rates[:10] == pytest.approx(np.arange(1, 11) * 1e-4)
     assert rates.max() == rates[10] == 1e-3
     assert (np.diff(rates[10:]) < 0).all()
