@@ -95,7 +95,8 @@ def main() -> None:
         record = directory.read_json(f"{arm_dir('bf16', training.seed)}/{RECORD_FILE}")
     for name, found in rows.items():
         planned, after = found["delta_nats"]["planned"], found["R"]["after"]
-        print(f"{name:36}{found['input_bits']:8.3f}{planned['estimate']:9.4f}  R {after}")
+        bounds = f"{after['estimate']:.2f} [{after['low']:.2f}, {after['high']:.2f}]"
+        print(f"{name:36}{found['input_bits']:8.3f}{planned['estimate']:9.4f}  R {bounds}")
     model = directory.manifest["model"]
     keys = ("content_hash", "num_non_embedding_parameters", "weights_note")
     about = {

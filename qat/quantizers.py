@@ -13,7 +13,7 @@
 
 which is LSQ's estimator (arXiv 1902.08153). LWC, LAC and LSQ differ in what the scale is made of: a
 trained factor, 1 at first, times the AbsMax scale of the tensor as it is (LWC per weight scale, LAC
-per group index for all tokens), or times LSQ's step at the start (2 mean|x| / sqrt(half - 1)).
+per group index for all tokens), or times the AbsMax scale at the start (LSQ: the step is learned).
 
 Rounding is repeated where it must be and nowhere else: a tensor that several linears read (q/k/v;
 gate/up) is rounded once a forward pass, and a weight once per value while no gradients are recorded
@@ -103,11 +103,13 @@ def factor_shape(weight: Tensor, fmt: Format, quantizer: str) -> tuple[int, ...]
 
 
 def first_step(weight: Tensor, fmt: Format) -> Tensor:
-    """Return LSQ's scales at the start, of the shape of its factor (arXiv 1902.08153, eq. 2.1)."""
-    half = 2 ** (fmt.bits - 1)
-    mean = group(weight.detach().float(), fmt).abs().mean(-1, keepdim=True)
-    step: Tensor = 2 * mean / (half - 1) ** 0.5
-    return step
+    """Return LSQ's scales at the start, those of AbsMax, of the shape of its factor.
+
+    The start of its paper, 2 mean|x| / sqrt(half - 1), is for training from scratch: it doubles the
+    step of a normal distribution's groups, which costs a checkpoint what it then has to win back.
+    """
+    largest = group(weight.detach().float(), fmt).abs().amax(-1, keepdim=True)
+    return largest / 2.0 ** (fmt.bits - 1)
 
 
 class InputQuantizer:
