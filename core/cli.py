@@ -304,7 +304,29 @@ def plan(run: Path, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="Held-out tokens.",
 )
-@_option(VerifyOptions, "lr", "--lr", type=float, show_default=True, help="Peak learning rate.")
+@_option(
+    VerifyOptions,
+    "lr",
+    "--lr",
+    type=float,
+    help=f"Peak learning rate.  [default: {VerifyOptions.DEFAULT_LR:g}; "
+    f"{VerifyOptions.SCRATCH_LR:g} from scratch]",
+)
+@_option(
+    VerifyOptions,
+    "schedule",
+    "--schedule",
+    type=click.Choice(["cosine", "wsd"]),
+    show_default=True,
+    help="How the rate falls; wsd: warmup, stable, decay.",
+)
+@_option(
+    VerifyOptions,
+    "from_scratch",
+    "--from-scratch",
+    metavar="CONFIG",
+    help="Start from random weights of this config.json (or its directory), not the checkpoint.",
+)
 @_data
 @_list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
 @click.option(

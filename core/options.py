@@ -85,8 +85,12 @@ class VerifyOptions:
     """Tokens per sequence."""
     eval_tokens: int = 24_576
     """Held-out tokens that final losses are measured on."""
-    lr: float = 1e-4
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; default DEFAULT_LR, or SCRATCH_LR from scratch."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """How the rate falls: along a cosine, or held at the peak and then down in the last fifth."""
+    from_scratch: str | None = None
+    """A config.json or its directory: arms start from its random weights, not the checkpoint."""
     data: tuple[str, ...] = ()
     """Text files or directories; empty: the sources of Python's standard library."""
     arms: tuple[str, ...] = ()
@@ -101,3 +105,5 @@ class VerifyOptions:
     """Let the checkpoint's own Python code run."""
 
     DEFAULT_TOKENS = 20_480
+    DEFAULT_LR = 1e-4
+    SCRATCH_LR = 1.5e-3

@@ -123,6 +123,12 @@ def read_model(
     return model
 
 
+def fresh_model(config: Any) -> Any:
+    """Return a model of a config in float32, its weights drawn from torch's generator."""
+    with quiet():
+        return _auto_class(config).from_config(config, dtype=torch.float32)
+
+
 def _auto_class(config: Any) -> Any:
     """Return the transformers class that loads this config with the head that was saved."""
     import transformers

@@ -1,18 +1,22 @@
 """How every arm is trained: the paper's recipe (arXiv 2505.14302, section 4) as pure functions.
 
 AdamW (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to norm 1, a short warmup, then a
-cosine to a tenth of the peak. The learning rate and the length are the user's. Factors of trained
-scales (quantizers.py) start at 1 and follow the same schedule from a peak of their own, undecayed.
+cosine to a tenth of the peak, or the peak held and a short decay at the end. The learning rate and
+the length are the user's. Factors of trained scales (quantizers.py) start at 1 and follow the same
+schedule from a peak of their own, undecayed.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitplan.qat.quantizers import FACTORS
+
+Schedule = Literal["cosine", "wsd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +28,11 @@ class Recipe:
     seq_len: int
     lr: float
     """Peak learning rate."""
+    schedule: Schedule = "cosine"
     final_lr_share: float = 0.1
     warmup_share: float = 0.1
+    decay_share: float = 0.2
+    """Of `wsd`: the last steps, in which the rate falls."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     """Applied to parameters of two dimensions or more."""
@@ -36,13 +43,21 @@ class Recipe:
     """How often statistics are recorded: half way and at the end."""
 
 
-def schedule(step: int, recipe: Recipe) -> float:
-    """Return the share of the peak rate at step `step`, from 0: linear warmup, then a cosine."""
+def share_of_peak(step: int, recipe: Recipe) -> float:
+    """Return the share of the peak rate at step `step`, from 0.
+
+    A linear warmup, then down to the final share: along a cosine, or (`wsd`: warmup, stable, decay)
+    at the peak first and linearly in the last steps.
+    """
     warmup = max(1, round(recipe.warmup_share * recipe.steps))
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - warmup)
     final = recipe.final_lr_share
+    if recipe.schedule == "wsd":
+        decay = max(1, round(recipe.decay_share * recipe.steps))
+        progress = max(0.0, (step - (recipe.steps - decay)) / decay)
+        return 1 - (1 - final) * progress
+    progress = (step - warmup) / max(1, recipe.steps - warmup)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -33,7 +33,7 @@ from bitplan.progress import track
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.convert import convert
-from bitplan.qat.recipe import Recipe, make_optimizer, schedule, sequence_losses
+from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
 from bitplan.rundir import RunDir, content_hash, hardware, write_atomic
 from bitplan.sites import Site
 from bitplan.tables import HELDOUT, METRICS, PROFILE
@@ -170,14 +170,14 @@ class _Training:
 
     def take_step(self, step: int) -> None:
         """Train on one batch; every process takes its share of the rows."""
-        recipe, share_of_peak = self.job.recipe, schedule(step, self.job.recipe)
+        recipe, share = self.job.recipe, share_of_peak(step, self.job.recipe)
         # The index alone decides about dropout: arms share their masks, and a resumed run has them.
         torch.manual_seed(self.job.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share_of_peak
+            group["lr"] = group["peak_lr"] * share
         rows = self.job.train[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = share.to(self.accelerator.device)
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        batch = mine.to(self.accelerator.device)
         self.model.train()
         loss = sequence_losses(self.model, batch).mean()
         self.accelerator.backward(loss)
@@ -194,7 +194,7 @@ class _Training:
                 "step": self.step,
                 "tokens": self.step * rows.numel(),
                 "loss": value,
-                "lr": recipe.lr * share_of_peak,
+                "lr": recipe.lr * share,
                 "grad_norm": float(norm),
                 "seconds": self.seconds,
             }

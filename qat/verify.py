@@ -38,6 +38,7 @@ from bitplan.qat.arms import (
 )
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, ArmResult, Attribution, Verdict, sentence
+from bitplan.qat.start import Start, from_checkpoint, from_scratch
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.qat.verdict import Floats, Interval
 from bitplan.rundir import RunDir, content_hash
@@ -71,7 +72,8 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
         if directory.is_done(STAGE, asked):
             found = Verdict.from_json(directory.read_json(VERDICT_FILE))
             return replace(found, run=str(run), up_to_date=True)
-        checkpoint = _load(model, options, recipe)
+        checkpoint = _load(model, options)
+        start = _start(checkpoint, plan, options)
         spared = tuple(attribution_arms(plan).values())
         if options.attribute and not spared:
             raise PlanError(
@@ -80,10 +82,10 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
             )
         # Arms of an earlier --attribute stay in the verdict.
         table = {**ARMS, **{arm.name: arm for arm in spared}}
-        jobs = _jobs(plan, table, checkpoint, corpus, recipe, options, str(device))
+        jobs = _jobs(plan, table, checkpoint, start, corpus, recipe, options, str(device))
         wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
-        _train(directory, checkpoint, jobs, wanted, make_accelerator(device))
-        verdict = _judge(directory, plan, table, jobs, checkpoint, corpus)
+        _train(directory, start, jobs, wanted, make_accelerator(device))
+        verdict = _judge(directory, plan, table, jobs, checkpoint, corpus, options)
         directory.write_json(VERDICT_FILE, verdict.as_json())
         directory.write_table(TRAINED.file, _with_trained(directory, jobs, verdict))
         written = [
@@ -103,12 +105,18 @@ def _recipe(options: VerifyOptions) -> Recipe:
             f"--steps {options.steps} and --tokens {options.tokens} both say how long to train: "
             "give one of them"
         )
-    if not options.lr > 0:
-        raise BitplanError(f"--lr {options.lr:g}: a learning rate is above 0")
+    usual = options.SCRATCH_LR if options.from_scratch else options.DEFAULT_LR
+    lr = usual if options.lr is None else options.lr
+    if not lr > 0:
+        raise BitplanError(f"--lr {lr:g}: a learning rate is above 0")
     step_tokens = options.batch_size * options.seq_len
     steps = options.steps or -(-(options.tokens or options.DEFAULT_TOKENS) // step_tokens)
     return Recipe(
-        steps=steps, batch_size=options.batch_size, seq_len=options.seq_len, lr=options.lr
+        steps=steps,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        lr=lr,
+        schedule=options.schedule,
     )
 
 
@@ -124,7 +132,7 @@ def _checked_model(directory: RunDir, plan: Plan) -> Mapping[str, Any]:
     return model
 
 
-def _load(model: Mapping[str, Any], options: VerifyOptions, recipe: Recipe) -> Checkpoint:
+def _load(model: Mapping[str, Any], options: VerifyOptions) -> Checkpoint:
     """Load the run's checkpoint and check that it is still the one, and can be trained so."""
     checkpoint = load_checkpoint(
         model["source"], device="cpu", trust_remote_code=options.trust_remote_code
@@ -140,19 +148,29 @@ def _load(model: Mapping[str, Any], options: VerifyOptions, recipe: Recipe) -> C
             f"{model['source']} ({type(checkpoint.model).__name__}) predicts no next token: "
             "verify trains causal language models"
         )
-    config: Any = checkpoint.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and recipe.seq_len > limit:
-        raise BitplanError(
-            f"--seq-len {recipe.seq_len} is more than the {limit} positions of {model['source']}"
-        )
     return checkpoint
+
+
+def _start(checkpoint: Checkpoint, plan: Plan, options: VerifyOptions) -> Start:
+    """Return what the arms start from, after checking that it takes the sequences asked for."""
+    if options.from_scratch is None:
+        start = from_checkpoint(checkpoint)
+    else:
+        start = from_scratch(options.from_scratch, checkpoint, plan)
+    config: Any = start.model(options.seed).config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and options.seq_len > limit:
+        raise BitplanError(
+            f"--seq-len {options.seq_len} is more than the {limit} positions of {start.source}"
+        )
+    return start
 
 
 def _jobs(
     plan: Plan,
     table: Mapping[str, Arm],
     checkpoint: Checkpoint,
+    start: Start,
     corpus: Corpus,
     recipe: Recipe,
     options: VerifyOptions,
@@ -182,7 +200,7 @@ def _jobs(
                 train=train[seed],
                 heldout=heldout,
                 context={
-                    "model": checkpoint.content_hash,
+                    "model": start.identity,
                     "train": _hash(train[seed]),
                     "heldout": _hash(heldout),
                     "device": device.partition(":")[0],
@@ -211,13 +229,14 @@ def _hash(ids: Tensor) -> str:
 
 def _train(
     directory: RunDir,
-    checkpoint: Checkpoint,
+    start: Start,
     jobs: Mapping[str, list[Job]],
     arms: tuple[Arm, ...],
     accelerator: Any,
 ) -> None:
     """Train what is not finished, seed by seed; arms of equal configurations once."""
-    for k in range(len(jobs[BASELINE])):
+    for k, baseline in enumerate(jobs[BASELINE]):
+        model = start.model(baseline.seed)
         for arm in arms:
             job = jobs[arm.name][k]
             if files.finished(directory, job.arm, job.seed, job.config) is not None:
@@ -227,7 +246,7 @@ def _train(
             if (record := next(filter(None, records), None)) is not None:
                 files.copy_arm(directory, record, job.arm)
             else:
-                train_arm(directory, checkpoint.model, job, accelerator)
+                train_arm(directory, model, job, accelerator)
 
 
 def _judge(
@@ -237,6 +256,7 @@ def _judge(
     jobs: Mapping[str, list[Job]],
     checkpoint: Checkpoint,
     corpus: Corpus,
+    options: VerifyOptions,
 ) -> Verdict:
     """Compare the arms that are finished for every seed."""
     records = {
@@ -292,7 +312,7 @@ def _judge(
         attribution=_attribution(plan, paired),
         noise=arithmetic.noise(paired),
         needed=more,
-        notes=_notes(seeds, checkpoint, corpus),
+        notes=_notes(seeds, checkpoint, corpus, options),
         plan_id=plan.plan_id,
         provenance=directory.provenance()
         | {"text": {"source": corpus.source, "content_hash": corpus.content_hash}},
@@ -359,13 +379,20 @@ def _formats_text(plan: Plan, arm: Arm) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _notes(seeds: int, checkpoint: Checkpoint, corpus: Corpus) -> tuple[str, ...]:
+def _notes(
+    seeds: int, checkpoint: Checkpoint, corpus: Corpus, options: VerifyOptions
+) -> tuple[str, ...]:
     notes = []
+    if options.from_scratch is not None:
+        notes.append(
+            f"From scratch: the random weights of {options.from_scratch}, the same for all arms of "
+            "a seed."
+        )
     if seeds == 1:
         notes.append(
             "One seed: the intervals count the noise of the held-out text alone, not of training."
         )
-    if checkpoint.weights_note:
+    if checkpoint.weights_note and options.from_scratch is None:
         notes.append(
             f"The checkpoint's {checkpoint.weights_note}: what the weights cost is on top of that."
         )

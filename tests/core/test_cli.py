@@ -16,8 +16,8 @@ OPTIONS = {
     "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --quantizer --json",
-    "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
-    "--attribute --device --seed --trust-remote-code --json",
+    "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --schedule "
+    "--data --from-scratch --arms --attribute --device --seed --trust-remote-code --json",
     "report": "-o --output --json",
     "demo": "-o --output",
     "law predict": "--params --tokens --group-size --precision --json",

@@ -18,7 +18,7 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
 from bitplan.qat import train
 from bitplan.qat.arms import ARMS
-from bitplan.qat.recipe import Recipe, schedule
+from bitplan.qat.recipe import Recipe, share_of_peak
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.rundir import RunDir, write_atomic
 from bitplan.tables import METRICS, PROFILE
@@ -81,14 +81,14 @@ class Killed(Exception):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the training die as step `step`, from 0, begins."""
-    real = train.schedule
+    real = train.share_of_peak
 
     def dying(at: int, recipe: Recipe) -> float:
         if at == step:
             raise Killed
         return real(at, recipe)
 
-    monkeypatch.setattr(train, "schedule", dying)
+    monkeypatch.setattr(train, "share_of_peak", dying)
 
 
 def test_the_same_job_twice_gives_the_same_files_to_the_bit(
@@ -265,11 +265,20 @@ def test_running_out_of_memory_names_what_to_try(
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     recipe = replace(RECIPE, steps=100, warmup_share=0.1)
-    rates = np.array([recipe.lr * schedule(step, recipe) for step in range(101)])
+    rates = np.array([recipe.lr * share_of_peak(step, recipe) for step in range(101)])
     assert rates[:10] == pytest.approx(np.arange(1, 11) * 1e-4)
     assert rates.max() == rates[10] == 1e-3
     assert (np.diff(rates[10:]) < 0).all()
     assert rates[100] == pytest.approx(1e-4)
+
+
+def test_wsd_holds_the_peak_and_decays_in_the_last_fifth() -> None:
+    recipe = replace(RECIPE, steps=100, warmup_share=0.1, schedule="wsd")
+    shares = np.array([share_of_peak(step, recipe) for step in range(101)])
+    assert shares[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert (shares[10:81] == 1).all()
+    assert np.diff(shares[80:]) == pytest.approx(-0.9 / 20)
+    assert shares[100] == pytest.approx(0.1)
 
 
 def test_an_arm_is_finished_only_under_its_own_configuration(

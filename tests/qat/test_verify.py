@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 
 from bitplan.cli import main
@@ -354,3 +355,38 @@ def test_exit_codes(ready: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(verify, "verify_plan", converged)
     assert runner.invoke(main, command).exit_code == 0
+
+
+def test_from_scratch_arms_of_a_seed_share_random_weights(ready: Make, tmp_path: Path) -> None:
+    at = ready(steps=1, arms=("bf16", "w4a16"))
+    source = json.loads((at.run / "run.json").read_text())["model"]["source"]
+    config = tmp_path / "config.json"
+    config.write_text((Path(source) / "config.json").read_text())
+    known = replace(at.options, from_scratch=str(config), lr=1e-30)
+    found = verify_plan(at.run, known)
+    mean = {arm.name: arm.loss for arm in found.arms}
+    # Untrained weights know nothing of the text, whatever they are rounded to.
+    uniform = np.log(transformers.AutoConfig.from_pretrained(source).vocab_size)
+    assert mean == pytest.approx(dict.fromkeys(mean, uniform), rel=0.05)
+    first, second = (losses(at.run)["bf16", seed] for seed in (0, 1))
+    assert first[0] != second[0]  # the same held-out sequence: seeds draw other weights
+    assert any("From scratch" in note for note in found.notes)
+    checkpoint = verify_plan(at.run, replace(at.options, lr=1e-30))
+    assert {arm.name: arm.loss for arm in checkpoint.arms} != mean
+
+
+def test_from_scratch_refuses_what_the_plan_is_not_for(ready: Make, tmp_path: Path) -> None:
+    at = ready(arms=("bf16",))
+    source = json.loads((at.run / "run.json").read_text())["model"]["source"]
+    config = json.loads((Path(source) / "config.json").read_text())
+    place = tmp_path / "config.json"
+    asked = replace(at.options, from_scratch=str(place))
+    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+        verify_plan(at.run, asked)
+    place.write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(PlanError, match="the plan lacks"):
+        verify_plan(at.run, asked)
+    place.write_text(json.dumps({**config, "vocab_size": 20}))
+    with pytest.raises(CheckpointError, match="a vocabulary of 20"):
+        verify_plan(at.run, asked)
+    assert not (at.run / "arms").exists()
