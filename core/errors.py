@@ -7,7 +7,8 @@
     |-- RunError                     a run directory of another version, in use, or incomplete
     |-- PlanError                    a plan that does not fit the checkpoint, or a wrong pin
     |   `-- BudgetError              no plan meets the budget; carries the smallest that one does
-    `-- TrainingError                a training that cannot go on: non-finite loss, out of memory
+    |-- TrainingError                a training that cannot go on: non-finite loss, out of memory
+    `-- FitError                     trainings that cannot carry a fit of the law
 
 Messages say what was asked, what was found, and what to do, on one line.
 """
@@ -47,3 +48,7 @@ class BudgetError(PlanError):
 
 class TrainingError(BitplanError):
     """A training cannot go on (non-finite loss, too little memory)."""
+
+
+class FitError(BitplanError):
+    """The trainings cannot carry a fit of the law, or a file holds none."""

@@ -24,7 +24,8 @@ class Forecast:
     tokens: float
     group_size: float
     rows: tuple[dict[str, Any], ...]
-    R: dict[str, float]
+    R: dict[str, float | None]
+    """None where the law has no row for it."""
     extrapolates: tuple[str, ...]
     source: str
 
@@ -48,8 +49,8 @@ class Forecast:
             "delta and loss: nats per token; worth: the share of its parameters with which an",
             "unquantized model has this loss (4 bits are half of 8: above 50 % they pay)",
             "",
-            f"R {self.R['all_inputs_at_4']:.2f}; with FC2 inputs at 8 bits "
-            f"{self.R['fc2_inputs_at_8']:.2f} (above 1: activation-limited)",
+            f"R {_ratio(self.R['all_inputs_at_4'])}; with FC2 inputs at 8 bits "
+            f"{_ratio(self.R['fc2_inputs_at_8'])} (above 1: activation-limited)",
         ]
         return "\n".join([*lines, *_warnings(self.extrapolates)])
 
@@ -80,8 +81,10 @@ def predict(
         group_size=group_size,
         rows=tuple(rows),
         R={
-            "all_inputs_at_4": laws.ratio(params, tokens, group_size, fc2_at_8=False),
-            "fc2_inputs_at_8": laws.ratio(params, tokens, group_size, fc2_at_8=True),
+            name: laws.ratio(params, tokens, group_size, fc2_at_8=fc2_at_8)
+            if laws.has_ratio(fc2_at_8=fc2_at_8)
+            else None
+            for name, fc2_at_8 in (("all_inputs_at_4", False), ("fc2_inputs_at_8", True))
         },
         extrapolates=tuple(laws.outside_grid(params=params, tokens=tokens, group_size=group_size)),
         source=laws.source,
@@ -130,6 +133,12 @@ def crossover(
     laws: LawSet = PAPER,
 ) -> Crossover:
     """Return the D at which R is 1 for every N and G; raise BitplanError for impossible values."""
+    for fc2_at_8 in (False, True):
+        if not laws.has_ratio(fc2_at_8=fc2_at_8):
+            raise BitplanError(
+                f"the law of {laws.source} has no rows for w4a16 and w16a4"
+                f"{FC2_AT_8 * fc2_at_8}: crossover needs both"
+            )
     rows = []
     for n in params:
         for g in group_sizes:
@@ -153,6 +162,10 @@ def _check(**values: float) -> None:
             raise BitplanError(
                 f"--{name.replace('_', '-')} {value:g}: give a number of at least {least}"
             )
+
+
+def _ratio(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
 
 
 def _name(precision: str) -> str:

@@ -14,9 +14,11 @@ law is most wanted where it was not fitted.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from bitplan.errors import BitplanError
+from bitplan.errors import BitplanError, FitError
+from bitplan.rundir import read_json, write_json
 
 FC2_AT_8 = "+fc2"
 
@@ -81,6 +83,10 @@ class LawSet:
             )
         return self.laws[precision].delta(params, tokens, group_size)
 
+    def has_ratio(self, *, fc2_at_8: bool) -> bool:
+        """Return whether there are laws of inputs alone and of weights alone."""
+        return {"w4a16", "w16a4" + FC2_AT_8 * fc2_at_8} <= self.laws.keys()
+
     def ratio(self, params: float, tokens: float, group_size: float, *, fc2_at_8: bool) -> float:
         """Return R, what 4-bit inputs cost over what 4-bit weights cost."""
         inputs = "w16a4" + FC2_AT_8 * fc2_at_8
@@ -103,6 +109,33 @@ class LawSet:
                 spelled = name.replace("_", " ")
                 found.append(f"{spelled} {value:.4g} is outside the fitted {low:g} to {high:g}")
         return found
+
+
+def write_laws(path: Path, laws: LawSet) -> None:
+    """Write a law as JSON, which `read_laws` reads."""
+    write_json(path, asdict(laws))
+
+
+def read_laws(path: Path | None) -> LawSet:
+    """Return the law of a file, or the paper's; raise FitError where the file holds none."""
+    if path is None:
+        return PAPER
+    value = read_json(path)
+    try:
+        return LawSet(
+            source=str(value["source"]),
+            baseline=Baseline(**_numbers(value["baseline"])),
+            laws={name: Law(**_numbers(law)) for name, law in value["laws"].items()},
+            grid=Grid(**{name: (float(v[0]), float(v[1])) for name, v in value["grid"].items()}),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise FitError(
+            f"{path} holds no law: make one with `bitplan law fit RUN... -o FILE`"
+        ) from error
+
+
+def _numbers(value: dict[str, float]) -> dict[str, float]:
+    return {name: float(number) for name, number in value.items()}
 
 
 PAPER = LawSet(

@@ -274,4 +274,29 @@ TRAINED = Table(
     ),
 )
 
-TABLES = (PROFILE, ERRORS, SENSITIVITY, OUTLIERS, FRONTIER, METRICS, HELDOUT, TRAINED)
+TRAININGS = Table(
+    "trainings.parquet",
+    "a training from scratch: what `law fit` reads, from run directories or from such a file",
+    (
+        _c("params", pl.Int64, "parameters", "non-embedding parameters, N"),
+        _c("tokens", pl.Int64, "tokens", "training tokens, D"),
+        _c("group_size", pl.Int64, "elements", "elements that share a scale, G; null for bf16"),
+        _c("precision", pl.String, "", "bf16, w4a4, w4a16, w16a4, w4a4+fc2 or w16a4+fc2"),
+        _c("seed", pl.Int64, "", "trainings of one seed share weights and batches"),
+        _c("loss", pl.Float64, "nats per token", "final held-out loss"),
+        _c("text", pl.String, "", "hash of the held-out text"),
+        _c("tokenizer", pl.String, "", "hash of what the tokenizer is from"),
+    ),
+)
+
+TABLES = (
+    PROFILE,
+    ERRORS,
+    SENSITIVITY,
+    OUTLIERS,
+    FRONTIER,
+    METRICS,
+    HELDOUT,
+    TRAINED,
+    TRAININGS,
+)

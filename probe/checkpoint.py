@@ -63,16 +63,13 @@ class Checkpoint:
     def facts(self) -> dict[str, Any]:
         """Return the entries of the manifest's key `model`."""
         parameters = list(self.model.parameters())
-        embeddings = _embeddings(self.model)
         return {
             "source": self.source,
             "content_hash": self.content_hash,
             "family": self.family,
             "architecture": type(self.model).__name__,
             "num_parameters": sum(p.numel() for p in parameters),
-            "num_non_embedding_parameters": sum(
-                p.numel() for p in parameters if id(p) not in embeddings
-            ),
+            "num_non_embedding_parameters": num_non_embedding_parameters(self.model),
             "weights_note": self.weights_note,
         }
 
@@ -82,11 +79,12 @@ class Checkpoint:
         return is_causal(self.model.config)
 
 
-def _embeddings(model: Any) -> set[int]:
-    """Return the ids of the parameters of all embeddings and of the output head."""
+def num_non_embedding_parameters(model: Any) -> int:
+    """Return the parameters of a model without those of embeddings and of the output head."""
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     modules += [head] if (head := model.get_output_embeddings()) is not None else []
-    return {id(p) for module in modules for p in module.parameters()}
+    embeddings = {id(p) for module in modules for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -27,6 +27,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from bitplan.errors import RunError, TrainingError
+from bitplan.probe.checkpoint import num_non_embedding_parameters
 from bitplan.probe.modules import find_linears
 from bitplan.probe.recorder import Recorder
 from bitplan.progress import track
@@ -138,6 +139,7 @@ class _Training:
         plain = copy.deepcopy(model)
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
+        self.params = num_non_embedding_parameters(plain)
         self.sites = len(convert(plain, job.formats, job.quantizers).converted)
         self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
@@ -266,6 +268,7 @@ class _Training:
             "steps": recipe.steps,
             "tokens": recipe.steps * recipe.batch_size * recipe.seq_len,
             "num_quantized_sites": self.sites,
+            "num_non_embedding_parameters": self.params,
             "loss": {
                 "heldout": sum(losses) / len(losses),
                 "train_last": self.metrics[-1]["loss"],

@@ -201,6 +201,7 @@ def _jobs(
                 heldout=heldout,
                 context={
                     "model": start.identity,
+                    "from_scratch": options.from_scratch is not None,
                     "train": _hash(train[seed]),
                     "heldout": _hash(heldout),
                     "device": device.partition(":")[0],

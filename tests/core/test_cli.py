@@ -9,7 +9,16 @@ from click.testing import CliRunner
 
 from bitplan.cli import EXIT_BAD_INPUT, main
 
-COMMANDS = ("profile", "plan", "verify", "report", "demo", "law predict", "law crossover")
+COMMANDS = (
+    "profile",
+    "plan",
+    "verify",
+    "report",
+    "demo",
+    "law predict",
+    "law crossover",
+    "law fit",
+)
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
     "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only --stream "
@@ -20,8 +29,9 @@ OPTIONS = {
     "--data --from-scratch --arms --attribute --device --seed --trust-remote-code --json",
     "report": "-o --output --json",
     "demo": "-o --output",
-    "law predict": "--params --tokens --group-size --precision --json",
-    "law crossover": "--params --group-size --json",
+    "law predict": "--params --tokens --group-size --precision --law --json",
+    "law crossover": "--params --group-size --law --json",
+    "law fit": "-o --output --force --json",
 }
 
 

@@ -1,0 +1,346 @@
+"""Fit the scaling law: deltas of trainings in, constants with intervals out. Pure.
+
+A *cell* is one (N, D, G); its delta is the mean over seeds. A form gives delta from (N, D, G) and
+its parameters; the law's own (arXiv 2505.14302) is
+
+    delta = k D^gamma_D (log2 G)^gamma_G / N^gamma_N
+
+and beside it stand what leaves out D or G, G to a power, and a sum in the place of the product. The
+fit minimizes Huber's loss of (delta - predicted) / scale over several starts, where a cell's scale
+is 5 % of its delta and its noise in quadrature: nearly a fit of log delta where deltas are far from
+the noise, and one that keeps deltas below zero with their noise where they are not. The noise of a
+cell is the standard deviation over seeds, pooled over the cells that have several.
+
+Intervals are of a bootstrap over cells and, within each, over seeds. What the data cannot carry is
+refused with what is missing: a variable of a single value, fewer cells than parameters ask for, or
+deltas of which most are not above twice their noise.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from bitplan.errors import FitError
+from bitplan.law import Baseline
+
+Floats = NDArray[np.float64]
+
+RELATIVE_SCALE = 0.05
+SPARE_CELLS = 2
+"""Cells that a fit needs beyond its parameters."""
+BOOTSTRAPS = 200
+FOLDS = 10
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Deltas of one precision by cell, nats per token; [C] each, `seeds` the deltas of each."""
+
+    params: Floats
+    tokens: Floats
+    group_size: Floats
+    delta: Floats
+    stderr: Floats
+    seeds: tuple[Floats, ...]
+
+    def take(self, index: NDArray[np.int64]) -> "Cells":
+        """Return the cells at these indices."""
+        return Cells(
+            params=self.params[index],
+            tokens=self.tokens[index],
+            group_size=self.group_size[index],
+            delta=self.delta[index],
+            stderr=self.stderr[index],
+            seeds=tuple(self.seeds[i] for i in index),
+        )
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the law: what its parameters are, what it varies with, and delta from them.
+
+    `predict` takes parameters [P] and the logarithms of N, D and of log2 G and G, each less its
+    mean over the cells, [C]; it returns log delta.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    variables: tuple[str, ...]
+    predict: Callable[[Floats, Mapping[str, Floats]], Floats]
+
+
+def _product(*terms: str) -> Callable[[Floats, Mapping[str, Floats]], Floats]:
+    def predict(p: Floats, x: Mapping[str, Floats]) -> Floats:
+        return np.asarray(p[0] + sum(p[i + 1] * x[term] for i, term in enumerate(terms)))
+
+    return predict
+
+
+def _sum(p: Floats, x: Mapping[str, Floats]) -> Floats:
+    scaling, groups = p[0] + p[1] * x["N"] + p[2] * x["D"], p[3] + p[4] * x["log2 G"]
+    return np.asarray(np.logaddexp(scaling, groups))
+
+
+LAW = Form(
+    "k D^d (log2 G)^g / N^n",
+    ("k", "gamma_n", "gamma_d", "gamma_g"),
+    ("params", "tokens", "group_size"),
+    _product("N", "D", "log2 G"),
+)
+FORMS = (
+    LAW,
+    Form(
+        "without D", ("k", "gamma_n", "gamma_g"), ("params", "group_size"), _product("N", "log2 G")
+    ),
+    Form("without G", ("k", "gamma_n", "gamma_d"), ("params", "tokens"), _product("N", "D")),
+    Form(
+        "k D^d G^g / N^n",
+        ("k", "gamma_n", "gamma_d", "gamma_g"),
+        ("params", "tokens", "group_size"),
+        _product("N", "D", "G"),
+    ),
+    Form(
+        "k D^d / N^n + c (log2 G)^g",
+        ("k", "gamma_n", "gamma_d", "c", "gamma_g"),
+        ("params", "tokens", "group_size"),
+        _sum,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted form: estimates and intervals by parameter, and how well it describes the cells."""
+
+    estimate: Mapping[str, float]
+    low: Mapping[str, float]
+    high: Mapping[str, float]
+    predicted: Floats
+    """[C]"""
+    relative_error: float
+    """Mean of |predicted - delta| / delta over the cells above zero."""
+    cells: int
+
+
+def cells_of(deltas: pl.DataFrame) -> Cells:
+    """Return the cells of one precision from law_runs.deltas; what has no bf16 is left out."""
+    key = ["params", "tokens", "group_size"]
+    grouped = (
+        deltas.filter(pl.col("delta").is_not_null())
+        .group_by(key, maintain_order=True)
+        .agg(pl.col("delta").sort_by("seed"))
+    )
+    seeds = tuple(np.array(values) for values in grouped["delta"].to_list())
+    several = [s for s in seeds if len(s) > 1]
+    freedom = sum(len(s) - 1 for s in several)
+    pooled = (
+        np.sqrt(sum(((s - s.mean()) ** 2).sum() for s in several) / freedom) if freedom else 0.0
+    )
+    params, tokens, group_size = (grouped[name].cast(pl.Float64).to_numpy() for name in key)
+    return Cells(
+        params=params,
+        tokens=tokens,
+        group_size=group_size,
+        delta=np.array([s.mean() for s in seeds]),
+        stderr=np.array([pooled / np.sqrt(len(s)) for s in seeds]),
+        seeds=seeds,
+    )
+
+
+def check(cells: Cells, form: Form) -> None:
+    """Raise FitError where the cells cannot carry the form, with what is missing."""
+    lacks = []
+    for name in form.variables:
+        if (found := len(np.unique(getattr(cells, name)))) < 2:
+            lacks.append(f"at least 2 values of {name.replace('_', ' ')} (found {found})")
+    needed = len(form.parameters) + SPARE_CELLS
+    if len(cells.delta) < needed:
+        lacks.append(f"at least {needed} cells of (N, D, G) (found {len(cells.delta)})")
+    above = int((cells.delta > 2 * cells.stderr).sum())
+    if not lacks and above * 2 < len(cells.delta):
+        lacks.append(
+            f"deltas above their noise (only {above} of {len(cells.delta)} exceed twice it): more "
+            "seeds, or smaller models"
+        )
+    if lacks:
+        raise FitError(f"the trainings cannot carry the fit: it needs {'; '.join(lacks)}")
+
+
+def fit(cells: Cells, form: Form = LAW, *, bootstraps: int = BOOTSTRAPS, seed: int = 0) -> Fit:
+    """Return the form fitted to the cells; raise FitError where they cannot carry it."""
+    check(cells, form)
+    x, means = _logs(cells)
+    theta = _minimize(form, cells, x, _starts(form, cells))
+    drawn: list[dict[str, float]] = []
+    rng = np.random.default_rng(seed)
+    while len(drawn) < bootstraps:
+        sample = _resample(cells, rng)
+        if any(len(np.unique(getattr(sample, name))) < 2 for name in form.variables):
+            continue
+        drawn.append(
+            _constants(form, _minimize(form, sample, _centered(sample, means), [theta]), means)
+        )
+    estimate = _constants(form, theta, means)
+    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    bounds = {
+        name: np.quantile([d[name] for d in drawn], tails) if drawn else (np.nan, np.nan)
+        for name in form.parameters
+    }
+    predicted = np.exp(form.predict(theta, x))
+    above = cells.delta > 0
+    return Fit(
+        estimate=estimate,
+        low={name: float(b[0]) for name, b in bounds.items()},
+        high={name: float(b[1]) for name, b in bounds.items()},
+        predicted=predicted,
+        relative_error=float(
+            np.mean(np.abs(predicted[above] - cells.delta[above]) / cells.delta[above])
+        ),
+        cells=len(cells.delta),
+    )
+
+
+def cross_validate(cells: Cells, form: Form, *, seed: int = 0) -> float:
+    """Return the mean relative error on cells that were left out of the fit, in FOLDS folds."""
+    check(cells, form)
+    order = np.random.default_rng(seed).permutation(len(cells.delta))
+    errors = []
+    _, means = _logs(cells)
+    for fold in np.array_split(order, min(FOLDS, len(order))):
+        kept = cells.take(np.setdiff1d(order, fold))
+        theta = _minimize(form, kept, _centered(kept, means), _starts(form, kept))
+        left = cells.take(fold)
+        predicted = np.exp(form.predict(theta, _centered(left, means)))
+        above = left.delta > 0
+        errors += (np.abs(predicted - left.delta)[above] / left.delta[above]).tolist()
+    return float(np.mean(errors))
+
+
+def additivity(
+    both: Cells, weights: Cells, inputs: Cells, *, bootstraps: int = BOOTSTRAPS, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the factor c of delta_both = c (delta_weights + delta_inputs), and its interval.
+
+    Over the cells that all three have; raises FitError where there is none.
+    """
+    tables = [
+        dict(zip(zip(c.params, c.tokens, c.group_size, strict=True), c.delta, strict=True))
+        for c in (both, weights, inputs)
+    ]
+    common = [cell for cell in tables[0] if cell in tables[1] and cell in tables[2]]
+    if not common:
+        raise FitError("no cell has w4a4, w4a16 and w16a4: their sum cannot be compared")
+    y = np.array([tables[0][cell] for cell in common])
+    x = np.array([tables[1][cell] + tables[2][cell] for cell in common])
+
+    def slope(index: NDArray[np.int64]) -> float:
+        return float((x[index] @ y[index]) / (x[index] @ x[index]))
+
+    rng = np.random.default_rng(seed)
+    n = len(common)
+    drawn = [slope(rng.integers(n, size=n)) for _ in range(bootstraps)]
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return slope(np.arange(n)), float(low), float(high)
+
+
+def fit_baseline(params: Floats, tokens: Floats, loss: Floats) -> Baseline:
+    """Return A, B, E and one exponent for both (as in the paper) from the losses of bf16, [C].
+
+    Raises FitError with fewer than 3 values of N or of D.
+    """
+    for name, values in (("params", params), ("tokens", tokens)):
+        if (found := len(np.unique(values))) < 3:
+            raise FitError(f"the loss of bf16 needs at least 3 values of {name} (found {found})")
+
+    def predict(theta: Floats) -> Floats:
+        a, b, e, alpha = theta
+        return np.asarray(
+            np.exp(a - alpha * np.log(params)) + np.exp(b - alpha * np.log(tokens)) + np.exp(e)
+        )
+
+    def residual(theta: Floats) -> Floats:
+        return np.asarray(np.log(predict(theta)) - np.log(loss))
+
+    third = np.log(0.3 * loss.mean())
+    n, d = np.log(params.mean()), np.log(tokens.mean())
+    starts = [
+        [third + alpha * n, third + alpha * d, np.log(share * loss.min()), alpha]
+        for alpha in (0.2, 0.3, 0.5)
+        for share in (0.4, 0.8)
+    ]
+    fits = [least_squares(residual, start, loss="huber", f_scale=1e-3) for start in starts]
+    a, b, e, alpha = min(fits, key=lambda found: found.cost).x
+    return Baseline(
+        a=float(np.exp(a)), b=float(np.exp(b)), e=float(np.exp(e)), alpha=alpha, beta=alpha
+    )
+
+
+def _logs(cells: Cells) -> tuple[dict[str, Floats], dict[str, float]]:
+    raw = _raw_logs(cells)
+    means = {name: float(values.mean()) for name, values in raw.items()}
+    return {name: values - means[name] for name, values in raw.items()}, means
+
+
+def _centered(cells: Cells, means: Mapping[str, float]) -> dict[str, Floats]:
+    return {name: values - means[name] for name, values in _raw_logs(cells).items()}
+
+
+def _raw_logs(cells: Cells) -> dict[str, Floats]:
+    return {
+        "N": np.log(cells.params),
+        "D": np.log(cells.tokens),
+        "log2 G": np.log(np.log2(cells.group_size)),
+        "G": np.log(cells.group_size),
+    }
+
+
+def _starts(form: Form, cells: Cells) -> list[Floats]:
+    """Return where the minimization starts: small and larger exponents around the mean delta."""
+    level = np.log(max(float(np.median(cells.delta)), 1e-6))
+    scales = [level if name in ("k", "c") else np.nan for name in form.parameters]
+    signs = [-1.0 if name == "gamma_n" else 1.0 for name in form.parameters]
+    return [
+        np.array([s * size if np.isnan(v) else v for v, s in zip(scales, signs, strict=True)])
+        for size in (0.05, 0.3, 0.8)
+    ]
+
+
+def _minimize(form: Form, cells: Cells, x: Mapping[str, Floats], starts: list[Floats]) -> Floats:
+    floor = max(float(np.abs(cells.delta).max()) * 1e-3, 1e-9)
+    scale = np.hypot(cells.stderr, RELATIVE_SCALE * np.maximum(cells.delta, floor))
+
+    def residual(theta: Floats) -> Floats:
+        predicted = np.exp(np.minimum(form.predict(theta, x), 50.0))
+        return np.asarray((predicted - cells.delta) / scale)
+
+    fits = [least_squares(residual, start, loss="huber") for start in starts]
+    best: Floats = min(fits, key=lambda found: found.cost).x
+    return best
+
+
+def _constants(form: Form, theta: Floats, means: Mapping[str, float]) -> dict[str, float]:
+    """Return the parameters in the law's own units: k at N = D = 1, gamma_n counted downwards."""
+    found = dict(zip(form.parameters, theta.tolist(), strict=True))
+    group = "G" if "G^g" in form.name and "log2" not in form.name else "log2 G"
+    of = {"gamma_n": "N", "gamma_d": "D", "gamma_g": group}
+    own = {"c": ("gamma_g",)} if "c" in found else {}
+    shared = tuple(name for name in of if name in found and name not in own.get("c", ()))
+    for scale, exponents in (("k", shared), *own.items()):
+        found[scale] -= sum(found[name] * means[of[name]] for name in exponents)
+        found[scale] = float(np.exp(found[scale]))
+    if "gamma_n" in found:
+        found["gamma_n"] = -found["gamma_n"]
+    return found
+
+
+def _resample(cells: Cells, rng: np.random.Generator) -> Cells:
+    """Draw cells with replacement, and within each its seeds."""
+    index = rng.integers(len(cells.delta), size=len(cells.delta))
+    drawn = cells.take(index)
+    delta = np.array([rng.choice(s, size=len(s)).mean() for s in drawn.seeds])
+    return replace(drawn, delta=delta)
