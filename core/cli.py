@@ -335,6 +335,20 @@ def plan(run: Path, as_json: bool, **options: Any) -> None:
     help="Also train w4a4 with each role's inputs, and weights, at 8 bits.",
 )
 @_option(VerifyOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@_option(
+    VerifyOptions,
+    "gpus",
+    "--gpus",
+    type=click.IntRange(1),
+    help="Train on this many GPUs, an arm on each.",
+)
+@_option(
+    VerifyOptions,
+    "workers",
+    "--workers",
+    type=click.IntRange(1),
+    help="Arms side by side on each device.  [default: 1 on a GPU; on a CPU as many as pay]",
+)
 @_option(VerifyOptions, "seed", "--seed", type=int, show_default=True, help="First seed.")
 @_trust
 @_json

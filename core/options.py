@@ -99,6 +99,10 @@ class VerifyOptions:
     """Train an arm for each role and operand at 8 bits, the rest at 4: what each one costs."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto."""
+    gpus: int | None = None
+    """GPUs to train on, an arm at a time on each."""
+    workers: int | None = None
+    """Arms trained side by side on each device; None: one on a GPU, on a CPU as many as pay."""
     seed: int = 0
     """First seed."""
     trust_remote_code: bool = False

@@ -13,8 +13,20 @@ DELAY_S = 2.0
 LINE_EVERY_S = 10.0
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Show nothing from here on: for processes whose parent shows how far along they are."""
+    global _silent
+    _silent = True
+
+
 def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
     """Yield the items while showing how far along they are, once that takes over two seconds."""
+    if _silent:
+        yield from items
+        return
     if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty():

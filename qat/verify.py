@@ -9,12 +9,13 @@ killed verify goes on, `--arms` may be given in portions, and a new plan costs o
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from torch import Tensor
 
 from bitplan.errors import BitplanError, CheckpointError, PlanError
@@ -36,6 +37,8 @@ from bitplan.qat.arms import (
     attribution_arms,
     select_arms,
 )
+from bitplan.qat.devices import training_devices
+from bitplan.qat.pool import run_tasks
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, ArmResult, Attribution, Verdict, sentence
 from bitplan.qat.start import Start, from_checkpoint, from_scratch
@@ -63,7 +66,8 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
         model = _checked_model(directory, plan)
         corpus = load_text(options.data)
         asked = {
-            **asdict(options),
+            # How many trainings run at once changes none of them.
+            **{k: v for k, v in asdict(options).items() if k not in ("gpus", "workers")},
             "device": str(device),
             "plan": content_hash(plan.as_json()),
             "model": model["content_hash"],
@@ -84,7 +88,7 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
         table = {**ARMS, **{arm.name: arm for arm in spared}}
         jobs = _jobs(plan, table, checkpoint, start, corpus, recipe, options, str(device))
         wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
-        _train(directory, start, jobs, wanted, make_accelerator(device))
+        _train(directory, start, jobs, wanted, options, device)
         verdict = _judge(directory, plan, table, jobs, checkpoint, corpus, options)
         directory.write_json(VERDICT_FILE, verdict.as_json())
         directory.write_table(TRAINED.file, _with_trained(directory, jobs, verdict))
@@ -154,7 +158,7 @@ def _load(model: Mapping[str, Any], options: VerifyOptions) -> Checkpoint:
 def _start(checkpoint: Checkpoint, plan: Plan, options: VerifyOptions) -> Start:
     """Return what the arms start from, after checking that it takes the sequences asked for."""
     if options.from_scratch is None:
-        start = from_checkpoint(checkpoint)
+        start = from_checkpoint(checkpoint, trust_remote_code=options.trust_remote_code)
     else:
         start = from_scratch(options.from_scratch, checkpoint, plan)
     config: Any = start.model(options.seed).config
@@ -228,26 +232,52 @@ def _hash(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One training, as another process can run it."""
+
+    run: Path
+    start: Start
+    job: Job
+
+
+def _work(task: _Task, device: str) -> None:
+    model = task.start.model(task.job.seed)
+    accelerator = make_accelerator(torch.device(device))
+    train_arm(RunDir.open(task.run), model, task.job, accelerator)
+
+
 def _train(
     directory: RunDir,
     start: Start,
     jobs: Mapping[str, list[Job]],
     arms: tuple[Arm, ...],
-    accelerator: Any,
+    options: VerifyOptions,
+    device: torch.device,
 ) -> None:
     """Train what is not finished, seed by seed; arms of equal configurations once."""
-    for k, baseline in enumerate(jobs[BASELINE]):
-        model = start.model(baseline.seed)
-        for arm in arms:
-            job = jobs[arm.name][k]
-            if files.finished(directory, job.arm, job.seed, job.config) is not None:
-                continue
-            twins = (name for name in jobs if jobs[name][k].config == job.config)
-            records = (files.finished(directory, name, job.seed, job.config) for name in twins)
-            if (record := next(filter(None, records), None)) is not None:
-                files.copy_arm(directory, record, job.arm)
-            else:
-                train_arm(directory, model, job, accelerator)
+    asked = [jobs[arm.name][k] for k in range(options.seeds) for arm in arms]
+    tasks: dict[str, _Task] = {}
+    for job in asked:
+        if _trained(directory, jobs, job) is None:
+            key = content_hash(job.config)
+            tasks.setdefault(key, _Task(directory.path, start, job))
+    if tasks:
+        devices = training_devices(options, device, [task.job for task in tasks.values()], start)
+        run_tasks(list(tasks.values()), devices, _work, "trainings")
+    for job in asked:
+        record = _trained(directory, jobs, job)
+        assert record is not None
+        if (record["arm"], record["seed"]) != (job.arm, job.seed):
+            files.copy_arm(directory, record, job.arm)
+
+
+def _trained(directory: RunDir, jobs: Mapping[str, list[Job]], job: Job) -> dict[str, Any] | None:
+    """Return the record of a finished training of this configuration, the job's own if it can."""
+    twins = (name for name in jobs if any(j.config == job.config for j in jobs[name]))
+    names = dict.fromkeys([job.arm, *twins])
+    records = (files.finished(directory, name, job.seed, job.config) for name in names)
+    return next(filter(None, records), None)
 
 
 def _judge(

@@ -26,7 +26,8 @@ OPTIONS = {
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
     "--per-role --quantizer --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --schedule "
-    "--data --from-scratch --arms --attribute --device --seed --trust-remote-code --json",
+    "--data --from-scratch --arms --attribute --gpus --workers --device --seed "
+    "--trust-remote-code --json",
     "report": "-o --output --json",
     "demo": "-o --output",
     "law predict": "--params --tokens --group-size --precision --law --json",

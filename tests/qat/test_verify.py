@@ -390,3 +390,22 @@ def test_from_scratch_refuses_what_the_plan_is_not_for(ready: Make, tmp_path: Pa
     with pytest.raises(CheckpointError, match="a vocabulary of 20"):
         verify_plan(at.run, asked)
     assert not (at.run / "arms").exists()
+
+
+def test_arms_side_by_side_are_the_same_arms(ready: Make) -> None:
+    alone, together = ready(name="alone"), ready(name="together")
+    asked = replace(alone.options, arms=("bf16", "w4a4"), seeds=1)
+    verify_plan(alone.run, asked)
+    verify_plan(together.run, replace(asked, workers=2))
+    assert losses(alone.run).keys() == losses(together.run).keys()
+    for key, expected in losses(alone.run).items():
+        assert losses(together.run)[key] == pytest.approx(expected, rel=1e-5)
+    # How many at once is no part of what was asked.
+    assert verify_plan(together.run, replace(asked, workers=1)).up_to_date
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has GPUs")
+def test_gpus_that_are_not_there_are_told(ready: Make) -> None:
+    at = ready(arms=("bf16",))
+    with pytest.raises(BitplanError, match="--gpus 2 is for CUDA, and the device is cpu"):
+        verify_plan(at.run, replace(at.options, gpus=2))

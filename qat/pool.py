@@ -1,0 +1,108 @@
+"""Tasks in processes of their own, each with a device, and none lost.
+
+One task after another is handed to whichever process is free. A process that dies (killed, out of
+memory) takes the pool with it: the pool is made again and what was not finished is run again, twice
+at the most, so that a task has to be one that can be repeated. Where a task raises, what runs is
+let finish, what waits is dropped, and the error comes out. If this process dies, so do its workers.
+With one device there is no other process at all.
+"""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from bitplan import progress
+from bitplan.errors import TrainingError
+
+ATTEMPTS = 3
+_device = ""
+
+
+def run_tasks(
+    tasks: Sequence[Any], devices: Sequence[str], work: Callable[[Any, str], None], label: str
+) -> None:
+    """Call `work(task, device)` for every task, on all devices at once; one may be named twice.
+
+    Tasks and `work` must pickle. Raises what a task raises, and TrainingError where processes keep
+    dying.
+    """
+    if len(devices) == 1 or len(tasks) == 1:
+        for task in tasks:
+            work(task, devices[0])
+        return
+    left = list(range(len(tasks)))
+    for attempt in range(1, ATTEMPTS + 1):
+        left = _run_pool(tasks, left, devices, work, label)
+        if not left:
+            return
+        if attempt == ATTEMPTS:
+            raise TrainingError(
+                f"{label}: {len(devices)} processes side by side keep dying, as they do when "
+                f"memory runs out; {len(tasks) - len(left)} of {len(tasks)} are done and stay: "
+                "go on with fewer --workers"
+            )
+
+
+def _run_pool(
+    tasks: Sequence[Any],
+    numbers: Sequence[int],
+    devices: Sequence[str],
+    work: Callable[[Any, str], None],
+    label: str,
+) -> list[int]:
+    """Run the tasks of these numbers; return those that a dead process left undone."""
+    # Forked processes cannot use CUDA, nor the threads of this one.
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    used = devices[: len(numbers)]
+    for device in used:
+        queue.put(device)
+    threads = max(1, _threads() // len(used))
+    undone = dict.fromkeys(numbers)
+    with ProcessPoolExecutor(
+        len(used), mp_context=context, initializer=_enter, initargs=(queue, threads)
+    ) as pool:
+        futures: dict[Future[None], int] = {pool.submit(_call, work, tasks[n]): n for n in numbers}
+        try:
+            for future in progress.track(as_completed(futures), label, total=len(futures)):
+                future.result()
+                del undone[futures[future]]
+        except BrokenProcessPool:
+            finished = [f for f in futures if f.done() and not f.cancelled() and not f.exception()]
+            return sorted(set(undone) - {futures[f] for f in finished})
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return list(undone)
+
+
+def _threads() -> int:
+    """Return the threads that this process may use, as torch counts them."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def _enter(queue: Any, threads: int) -> None:
+    """Begin a worker: take a device, a share of the threads, and end when the parent does."""
+    global _device
+    _device = queue.get()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    progress.silence()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _call(work: Callable[[Any, str], None], task: Any) -> None:
+    work(task, _device)
