@@ -35,9 +35,9 @@ def loss_of(model, ids, labels=None):
 
 
 def labels_drawn(model, ids):
-    """Return the draws that three sequences get: as many as make sixteen sequences."""
+    """Return the draws that three sequences get: as many as make 32 sequences."""
     with torch.no_grad():
-        return [drawn_labels(model(input_ids=ids).logits, 0, draw) for draw in range(6)]
+        return [drawn_labels(model(input_ids=ids).logits, 0, draw) for draw in range(11)]
 
 
 @contextlib.contextmanager
@@ -83,18 +83,33 @@ def row_slopes(model, ids, labels, moved, step=1e-4):
     return torch.tensor(slopes, dtype=torch.float64).view(ids.shape)
 
 
-def expected(model, ids, moved):
-    """Return the estimate from finite differences: true labels, and the ones that are drawn."""
+def expected(model, ids, moved, near=1, wide=1):
+    """Return the estimate from finite differences: true labels, and the ones that are drawn.
+
+    near, wide: rows whose slopes are summed before they are squared.
+    """
     slopes = row_slopes(model, ids, ids, moved)
-    draws = [row_slopes(model, ids, labels, moved) for labels in labels_drawn(model, ids)]
+    draws = torch.stack(
+        [row_slopes(model, ids, labels, moved) for labels in labels_drawn(model, ids)]
+    )
     predicted = TOKENS - 1
-    kl = torch.stack(draws).square().mean(0).sum(1) / 2 / predicted
+
+    def kl_of(width):
+        sums = [draws[..., i : i + width].sum(-1) for i in range(0, TOKENS, width)]
+        return torch.stack(sums).square().sum(0).mean(0) / 2 / predicted
+
+    def stderr(by_sequence):
+        return by_sequence.std().item() / math.sqrt(SEQUENCES)
+
+    kl, more = kl_of(near), kl_of(wide) - kl_of(near)
+    if wide > near:
+        kl = kl + max(0.0, 1 - (stderr(more) / more.mean().item()) ** 2) * more
     change = slopes.sum(1) / predicted + kl
     return {
         "delta_loss": change.mean().item(),
-        "stderr": change.std().item() / math.sqrt(SEQUENCES),
+        "stderr": stderr(change),
         "kl": kl.mean().item(),
-        "kl_stderr": kl.std().item() / math.sqrt(SEQUENCES),
+        "kl_stderr": stderr(kl),
     }
 
 
@@ -103,7 +118,10 @@ def opt(build):
     """A model in float64 throughout, whose attention and MLP read the residual stream itself."""
     model = build("opt", num_hidden_layers=1, do_layer_norm_before=False, init_std=0.3).double()
     ids = torch.randint(257, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
-    return model, ids, estimates(model, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitplan.probe.sensitivity._NEAR", 3)  # the last window is short
+        patch.setattr("bitplan.probe.sensitivity._FAR", 2)
+        yield model, ids, estimates(model, ids)
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
@@ -123,7 +141,7 @@ def test_inputs_agree_with_finite_differences(opt, role, fmt):
 def test_weights_agree_with_finite_differences(opt, module, fmt):
     model, ids, found = opt
     (item,) = [item for item in find_linears(model) if item.linear.module.endswith(module)]
-    whole = expected(model, ids, lambda amount: moved_output(item, fmt, amount))
+    whole = expected(model, ids, lambda amount: moved_output(item, fmt, amount), near=3, wide=6)
     row = found[str(item.linear.site("weight")), fmt.name]
     for name, value in whole.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-11)
@@ -246,7 +264,7 @@ def test_labels_are_drawn_from_the_predictions():
     assert not torch.equal(drawn_labels(logits[1:3], 8, 1), labels[1:3])
 
 
-@pytest.mark.parametrize(("sequences", "draws"), [(1, 16), (2, 8), (5, 4), (16, 1), (1000, 1)])
+@pytest.mark.parametrize(("sequences", "draws"), [(1, 32), (2, 16), (5, 7), (32, 1), (1000, 1)])
 def test_few_sequences_are_drawn_more_often(sequences, draws):
     device = torch.device("cpu")
     estimate = GradientSensitivity((INT4,), sequences=sequences, seq_len=8, device=device)
