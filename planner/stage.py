@@ -242,9 +242,10 @@ def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]
         methods = Counter(method for method in used.ravel().tolist() if method)
         counts = " and ".join(f"{n} sites by {method}" for method, n in sorted(methods.items()))
         notes.append(
-            f"predictions add up single-site changes of loss ({counts}), noise below zero "
-            "removed; `bitplan verify` measures the sum"
+            f"predictions add up single-site changes of loss ({counts}), shrunk by their noise; "
+            "`--measure` measures the sum, `bitplan verify` trains under it"
         )
+        notes.extend(problem.notes)
     else:
         notes.append(
             "no sensitivity was profiled: the plan minimizes the relative quantization error "

@@ -248,7 +248,8 @@ def test_the_order_of_sites_is_that_of_exhaustive_measurement(trained):
         estimated.append(sum(row["delta_loss"] for row in rows))
     assert len(measured) == 12
     assert spearmanr(estimated, measured).statistic > 0.8
-    assert sum(estimated) == pytest.approx(sum(measured), rel=0.5)
+    total = sum(map(abs, measured))  # their signs differ, and their sum is near zero
+    assert sum(estimated) == pytest.approx(sum(measured), abs=0.2 * total)
 
 
 def test_labels_are_drawn_from_the_predictions():
