@@ -173,22 +173,14 @@ def read_problem(
         bits=np.array([[f.effective_bits(s.in_features) for f in columns] for s in sites]),
         params=params,
         macs=params * _routed(sites, linear, len(linears)),
-        **dict.fromkeys(_PREDICTED, _NONE),
+        **_NOT_YET,
         in_nats=sensitivity is not None,
     )
     return replace(bare, **_predictions(bare, errors, sensitivity))
 
 
-_NONE = np.empty((0, 0))
-_PREDICTED = (
-    "relative_error",
-    "raw",
-    "stderr",
-    "method",
-    "predicted_stderr",
-    "kl",
-    "objective",
-)
+_PREDICTED = ("relative_error", "raw", "stderr", "method", "predicted_stderr", "kl", "objective")
+_NOT_YET: dict[str, Any] = dict.fromkeys(_PREDICTED, np.empty((0, 0)))
 
 
 def _decides(site: SiteInfo, per_role: bool) -> str:

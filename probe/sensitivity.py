@@ -127,7 +127,7 @@ def window_terms(x: Tensor, gradient: Tensor, errors: Tensor, width: int) -> Ten
     x, gradient = (F.pad(t, padding).reshape(-1, width, t.shape[-1]) for t in (x, gradient))
     size = max(1, _BLOCK.get(x.device.type, _GPU_BLOCK) // errors[0].numel())
     flat = errors.flatten(1)
-    products = zip(gradient.transpose(1, 2).split(size), x.split(size), strict=True)
+    products = zip(torch.split(gradient.mT, size), torch.split(x, size), strict=True)
     return torch.cat([flat @ torch.bmm(d, rows).flatten(1).T for d, rows in products], dim=1)
 
 
@@ -183,7 +183,7 @@ class _Terms:
             (formats, sequences * self._windows), dtype=torch.float64, device=terms.device
         ).index_add_(1, windows, terms.double())
         near = sums.view(formats, sequences, -1)
-        wide = F.pad(near, (0, -self._windows % _FAR)).unflatten(2, (-1, _FAR)).sum(-1)
+        wide = F.pad(near, (0, -self._windows % _FAR)).view(formats, sequences, -1, _FAR).sum(-1)
         self.near += near.square().sum(-1)
         self.wide += wide.square().sum(-1)
 
@@ -334,7 +334,7 @@ class GradientSensitivity:
         errors = torch.stack([quantize_dequantize(weight, f).sub_(weight) for f in terms.formats])
         if rows.whole and rows.positions is not None:
             shape = (-1, self._seq_len)
-            x, drawn, *first = (t.flatten(0, -2).unflatten(0, shape) for t in (x, drawn, *first))
+            x, drawn, *first = (t.reshape(*shape, t.shape[-1]) for t in (x, drawn, *first))
             starts = rows.sequences.view(shape)[:, ::_NEAR], rows.positions.view(shape)[:, ::_NEAR]
             for change in first:
                 changes = window_terms(x, change, errors, self._seq_len)
