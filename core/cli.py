@@ -153,7 +153,7 @@ def _print(result: Any, as_json: bool) -> None:
     callback=_count,
     metavar="N|all",
     show_default=True,
-    help="Measure the N largest estimates under quantization, a pass over the tokens each.",
+    help="Measure the N least certain estimates under quantization, a pass over the tokens each.",
 )
 @_option(ProfileOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 @_option(

@@ -32,7 +32,7 @@ class ProfileOptions:
     sensitivity: bool = True
     """Estimate the change of loss per (site, format) from backward passes."""
     interventions: int | Literal["all"] = 0
-    """Measure these many of the largest estimates, a forward pass over all tokens each."""
+    """Measure these many of the least certain estimates, a forward pass over all tokens each."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto (cuda where there is one)."""
     seed: int = 0

@@ -38,13 +38,12 @@ from numpy.typing import NDArray
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format
+from bitplan.tables import ESTIMATE_SPREAD
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 PREFERRED = ("intervention", "gradient")
 MIN_CALIBRATION = 3  # measured sites from which a ratio is taken
-# Measured over estimated kl where nothing calibrates it: benchmarks/sensitivity_agreement.py.
-PRIOR_SPREAD = 0.2
 MAD_TO_STD = 1.4826
 
 
@@ -157,7 +156,7 @@ def _calibration(measured: Floats, estimated: Floats) -> tuple[float, float, int
     both = (measured > 0) & (estimated > 0)
     ratios = measured[both] / estimated[both]
     if len(ratios) < MIN_CALIBRATION:
-        return 1.0, PRIOR_SPREAD, len(ratios)
+        return 1.0, ESTIMATE_SPREAD, len(ratios)
     ratio = float(np.median(ratios))
     return ratio, MAD_TO_STD * float(np.median(np.abs(ratios - ratio))), len(ratios)
 
