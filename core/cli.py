@@ -240,6 +240,17 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     PlanOptions, "formats", "--formats", show_default=True, help="Formats to choose from."
 )
 @click.option("--per-role", is_flag=True, help="One format per role and operand.")
+@_option(
+    PlanOptions,
+    "measure",
+    "--measure",
+    is_flag=False,
+    flag_value=PlanOptions.DEFAULT_MEASURE,
+    type=click.IntRange(0),
+    metavar="[N]",
+    help="Measure the plan whole on the profile's text; where it differs from the prediction, "
+    f"refine it with at most N plans.  [default N: {PlanOptions.DEFAULT_MEASURE}]",
+)
 @_json
 def plan(run: Path, as_json: bool, **options: Any) -> None:
     """Choose a format for every site under a budget, with a reason for each.
@@ -249,9 +260,15 @@ def plan(run: Path, as_json: bool, **options: Any) -> None:
 
     Example: bitplan plan run --input-bits 5
     """
+    asked = PlanOptions(**options)
+    if asked.measure:
+        from bitplan.qat.measure import make_measured_plan
+
+        _print(make_measured_plan(run, asked), as_json)
+        return
     from bitplan.planner.stage import make_plan
 
-    _print(make_plan(run, PlanOptions(**options)), as_json)
+    _print(make_plan(run, asked), as_json)
 
 
 @main.command()

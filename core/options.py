@@ -65,6 +65,10 @@ class PlanOptions:
     """Formats the planner may choose from."""
     per_role: bool = False
     """One format per role and operand."""
+    measure: int = 0
+    """Measure the plan whole, and at most these many plans to refine it; 0: predict alone."""
+
+    DEFAULT_MEASURE = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,6 +240,20 @@ FRONTIER = Table(
     ),
 )
 
+MEASURED = Table(
+    "measured.parquet",
+    "a plan that was measured whole: all its sites quantized at once",
+    (
+        _c("plan_id", pl.String, "", "hash of the plan's formats"),
+        _c("of", pl.String, "", "hash of the model and the tokens that it was measured on"),
+        _c("delta_loss", pl.Float64, "nats per token", "change of loss under the plan"),
+        _c("stderr", pl.Float64, "nats per token", "standard error of delta_loss over sequences"),
+        _c("kl", pl.Float64, "nats per token", "KL divergence from the unquantized predictions"),
+        _c("kl_stderr", pl.Float64, "nats per token", "standard error of kl over sequences"),
+        _c("tokens", pl.Int64, "tokens", "calibration tokens it was measured on"),
+    ),
+)
+
 METRICS = Table(
     "metrics.parquet",
     "a training step",
@@ -262,4 +276,4 @@ HELDOUT = Table(
     ),
 )
 
-TABLES = (PROFILE, ERRORS, SENSITIVITY, OUTLIERS, FRONTIER, METRICS, HELDOUT)
+TABLES = (PROFILE, ERRORS, SENSITIVITY, OUTLIERS, FRONTIER, MEASURED, METRICS, HELDOUT)
