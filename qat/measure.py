@@ -75,7 +75,7 @@ def check(
         if last is not first:
             notes.append(_comparison(problem, choice, last))
         first = last
-    notes.append(f"{len(bench.used)} plans were measured whole: {MEASURED.file}")
+    notes.append(f"plans measured whole: {len(bench.used)}, kept in {MEASURED.file}")
     return Checked(
         choice=choice,
         measured=Measured(**first, agrees=_agrees(problem, choice, first)),

@@ -13,7 +13,15 @@ from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.inputs import measure_inputs
 from bitplan.probe.interventions import Intervention, measure_interventions
 from bitplan.probe.modules import find_linears
-from bitplan.probe.sensitivity import GradientSensitivity, drawn_labels, summed_loss
+from bitplan.probe.sensitivity import (
+    GradientSensitivity,
+    Rows,
+    drawn_labels,
+    standing_out,
+    summed_loss,
+    weight_terms,
+    window_terms,
+)
 from bitplan.probe.text import load_text, tokenize
 from bitplan.quantize import quantize_dequantize
 
@@ -285,3 +293,54 @@ def test_the_divergence_is_that_of_exhaustive_measurement(trained):
     ratios = [found[str(site), COARSE.name]["kl"] / measured[str(site)] for site in sites]
     assert len(ratios) == 12
     assert np.median(ratios) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(8, 8), (8, 4), (7, 3), (3, 8)])
+def test_sums_by_window_are_those_of_the_rows(tokens, width):
+    generator = torch.Generator().manual_seed(tokens)
+    x, gradient, errors = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, tokens, 5), (2, tokens, 6), (3, 6, 5))
+    )
+    rows = weight_terms(x.flatten(0, 1), gradient.flatten(0, 1), errors).view(3, 2, tokens)
+    expected = [rows[..., i : i + width].sum(-1) for i in range(0, tokens, width)]
+    found = window_terms(x, gradient, errors, width)
+    torch.testing.assert_close(found.view(3, 2, -1), torch.stack(expected, dim=-1))
+
+
+@pytest.mark.parametrize("seq_len", [32, 70, 300])
+def test_rows_of_experts_are_summed_by_the_same_windows(build, seq_len):
+    """Rows that come in no order of the text, as an expert's, give what whole sequences give."""
+    (item, *_) = [i for i in find_linears(build("llama")) if i.linear.role == "fc2"]
+    generator = torch.Generator().manual_seed(0)
+    shape = item.weight().shape
+    x = torch.randn(2 * seq_len, shape[1], generator=generator)
+    gradients = torch.randn(17, 2 * seq_len, shape[0], generator=generator)
+    sequences = torch.arange(2).repeat_interleave(seq_len)
+    positions = torch.arange(seq_len).repeat(2)
+    order = torch.randperm(2 * seq_len, generator=generator)
+    found = []
+    for index, whole in ((slice(None), True), (order, False)):
+        estimate = GradientSensitivity(
+            (INT4, INT8), sequences=2, seq_len=seq_len, device=torch.device("cpu")
+        )
+        y = torch.zeros(2 * seq_len, shape[0], requires_grad=True)[index]
+        estimate.output(item, x[index], y, Rows(sequences[index], positions[index], whole=whole))
+        for number in range(estimate.passes):
+            estimate.start(number)
+            torch.autograd.backward(y, gradients[number][index], retain_graph=True)
+        found.append(list(estimate.rows([item])))
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("delta_loss", "stderr", "kl", "kl_stderr"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
+def test_only_what_stands_out_of_its_noise_counts():
+    assert standing_out(torch.tensor([2.0])) == 0
+    assert standing_out(torch.tensor([1.0, -1.0])) == 0
+    values = torch.tensor([1.0, 2.0, 3.0, 2.0], dtype=torch.float64)
+    stderr = np.std(values.numpy(), ddof=1) / 2
+    assert standing_out(values) == pytest.approx(1 - (stderr / 2) ** 2)
+    assert standing_out(-values) == standing_out(values)
+    assert standing_out(torch.tensor([3.0, 3.0])) == 1

@@ -84,13 +84,15 @@ def test_a_plan_costs_whole_what_the_converted_model_does(run, checkpoints, text
     assert rows(run)["plan_id"].to_list() == [made.plan.plan_id]
     text_out = made.as_text()
     assert f"measured on {tokens} tokens: loss {measured.delta_loss:+.5f}" in text_out
-    assert "1 plans were measured whole" in text_out
+    assert "plans measured whole: 1," in text_out
 
 
 def test_what_was_measured_is_not_measured_again(run, monkeypatch):
     first = make_measured_plan(run, OPTIONS)
     assert not first.up_to_date
-    assert make_measured_plan(run, OPTIONS).up_to_date
+    read = make_measured_plan(run, OPTIONS)
+    assert read.up_to_date
+    assert read.plan == first.plan
     kept = rows(run)
 
     def never(*_, **__):
