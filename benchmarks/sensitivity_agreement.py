@@ -1,6 +1,6 @@
 """What predicts the damage of quantizing one tensor: estimates against exhaustive measurement.
 
-    python benchmarks/sensitivity_agreement.py [MODEL] [--tokens N] [--every K] [--formats A,B]
+    python benchmarks/sensitivity_agreement.py [MODEL] [--tokens N] [--every K] [--format F]
 
 Every input (with all its fused readers) and every weight of the blocks is quantized by itself, and
 the change of loss and the KL divergence are measured on the calibration tokens. Against these stand
@@ -8,12 +8,19 @@ the estimates: kurtosis and the relative quantization error (SQNR in another uni
 pass, the gradient's estimates from backward passes, and the last layer's relative error, which
 itself costs the exhaustive measurement. Spearman's rank correlation tells whether the order is
 right, the median ratio of estimate to measurement whether the size is: over the tensors whose
-measured value is above two standard errors. Estimates from as many other tokens show what is left
-of the agreement where the noise of the sample is not shared.
+measured value is above two standard errors.
 
-Times are CPU seconds of this process; those of the backward passes and of the exhaustive
-measurement are for all formats asked. With --every K only each K-th block is measured, and the time
-of all blocks is inferred.
+Estimates from as many other tokens show what is left of the agreement where the noise of the sample
+is not shared, and what the planner makes of them: `prediction` is planner/predict.py's,
+`gradient_delta_loss` what it would be without. `rmse_stderrs` is the root mean square of the
+differences from the measured loss, each over the standard error of both.
+
+Times are CPU seconds of this process. A pair is a (tensor, format): an input counts once, however
+many linears read it. Exhaustive is the measured time of a pair at one format, where up to eight
+pairs share an unquantized pass, times all pairs of all blocks at as many formats; its floor is a
+plain forward pass with its loss for each pair. The estimate is its whole profile of inputs: forward
+pass with statistics of the inputs and their errors in every format, and all backward passes. With
+--every K only each K-th block is measured.
 """
 
 import argparse
@@ -22,19 +29,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from scipy.stats import spearmanr
 
-from bitplan.formats import Format, parse_formats
+from bitplan.formats import Format, parse_format, parse_formats
+from bitplan.options import ProfileOptions
+from bitplan.planner.predict import predict
 from bitplan.probe.checkpoint import Checkpoint, load_checkpoint
 from bitplan.probe.inputs import Inputs, measure_inputs
 from bitplan.probe.interventions import Intervention, measure_interventions
 from bitplan.probe.modules import LinearModule, find_linears
+from bitplan.probe.sensitivity import summed_loss
 from bitplan.probe.tensor_stats import TensorStats
 from bitplan.probe.text import load_text, tokenize
 from bitplan.rundir import hardware, versions, write_json
 from bitplan.sites import OPERANDS, PLANNED_ROLES, Site
+from bitplan.tables import SENSITIVITY
 
 RESULT = Path(__file__).parent / "results" / "sensitivity_agreement.json"
 EMBEDDED = Path(__file__).parents[1] / "core" / "embedded"
@@ -46,6 +58,7 @@ ESTIMATES = {
     "gradient_kl": "backwards",
     "gradient_delta_loss_other_tokens": "backwards",
     "gradient_kl_other_tokens": "backwards",
+    "prediction_other_tokens": "backwards",
     "last_layer_error": "exhaustive",
 }
 # The estimates that are meant in nats, and what they estimate.
@@ -54,7 +67,13 @@ IN_NATS = {
     "gradient_kl": "kl",
     "gradient_delta_loss_other_tokens": "loss",
     "gradient_kl_other_tokens": "kl",
+    "prediction_other_tokens": "loss",
 }
+# Sets of formats that the estimate is timed with: the profile's default, and one of each kind.
+TIMED = (
+    ("int4-g128", "int8-g128"),
+    ("int4-g32", "int4-g64", "int4-g128", "int8-g128", "mxfp4", "nvfp4"),
+)
 
 
 class Clock:
@@ -99,54 +118,56 @@ def forward_estimates(
 
 
 def rows_of(
-    checkpoint: Checkpoint,
-    ids: torch.Tensor,
-    other_ids: torch.Tensor,
-    formats: Sequence[Format],
-    every: int,
-) -> tuple[pl.DataFrame, dict[str, float]]:
-    """Return a row per tensor and format with every estimate and both targets, and the times."""
+    checkpoint: Checkpoint, ids: torch.Tensor, other_ids: torch.Tensor, fmt: Format, every: int
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Return a row per tensor with every estimate and both targets, and the times."""
     model, items = checkpoint.model, find_linears(checkpoint.model)
     chosen = units(items, every)
-    times = {}
-    clock = Clock()
-    measure_inputs(model, items, ids, formats, has_loss=True, sensitivity=False)
-    times["forward_s"] = clock.seconds()
-    clock = Clock()
-    inputs = measure_inputs(model, items, ids, formats, has_loss=True, sensitivity=True)
-    times["forward_and_backward_s"] = clock.seconds()
-    other = measure_inputs(model, items, other_ids, formats, has_loss=True, sensitivity=True)
-    gradient, elsewhere = (
-        {(row["site"], row["format"]): row for row in found.sensitivity or ()}
-        for found in (inputs, other)
+    speed = []
+    for names in TIMED:
+        clock = Clock()
+        measure_inputs(model, items, ids, parse_formats(names), has_loss=True, sensitivity=True)
+        speed.append({"formats": list(names), "estimate_s": clock.seconds()})
+    inputs, other = (
+        measure_inputs(model, items, text, (fmt,), has_loss=True, sensitivity=True)
+        for text in (ids, other_ids)
     )
+    here, there = (
+        {row["site"]: row for row in found.sensitivity or ()} for found in (inputs, other)
+    )
+    predicted = predictions(other.sensitivity or (), fmt)
+    clock = Clock()
+    with torch.no_grad():
+        for one in ids.split(4):
+            summed_loss(model(input_ids=one, use_cache=False).logits, one)
+    floor = clock.seconds()
     asked = [
         Intervention(f"{name}:{operand}", {i.linear.site(operand): fmt for i in readers})
-        for fmt in formats
         for (name, operand), readers in chosen.items()
     ]
     clock = Clock()
     effects = [e for wave in measure_interventions(model, items, ids, asked) for e in wave]
-    times["exhaustive_s"] = clock.seconds() * len(units(items, 1)) / len(chosen)
-    by_format = {fmt: forward_estimates(items, inputs, fmt) for fmt in formats}
+    per_pair = clock.seconds() / len(asked)
+    for row in speed:
+        row["pairs"] = len(units(items, 1)) * len(row["formats"])
+        row["exhaustive_over_estimate"] = row["pairs"] * per_pair / row["estimate_s"]
+        row["floor_over_estimate"] = row["pairs"] * floor / row["estimate_s"]
+    forward = forward_estimates(items, inputs, fmt)
     rows = []
     for effect in effects:
-        sites = effect.intervention.formats
-        (first, fmt), *_ = sites.items()
-        here, there = (
-            [estimates[str(site), fmt.name] for site in sites]
-            for estimates in (gradient, elsewhere)
-        )
+        sites = [str(site) for site in effect.intervention.formats]
+        first = next(iter(effect.intervention.formats))
         rows.append(
             {
                 "tensor": effect.intervention.name,
                 "operand": first.operand,
-                "format": fmt.name,
-                **by_format[fmt][first],
-                "gradient_delta_loss": sum(row["delta_loss"] for row in here),
-                "gradient_kl": sum(row["kl"] for row in here),
-                "gradient_delta_loss_other_tokens": sum(row["delta_loss"] for row in there),
-                "gradient_kl_other_tokens": sum(row["kl"] for row in there),
+                **forward[first],
+                "gradient_delta_loss": sum(here[site]["delta_loss"] for site in sites),
+                "gradient_kl": sum(here[site]["kl"] for site in sites),
+                "gradient_delta_loss_other_tokens": sum(there[s]["delta_loss"] for s in sites),
+                "gradient_kl_other_tokens": sum(there[site]["kl"] for site in sites),
+                "stderr_other_tokens": sum(there[site]["stderr"] or 0.0 for site in sites),
+                "prediction_other_tokens": sum(predicted[site] for site in sites),
                 "last_layer_error": effect.last_layer_error,
                 "loss": effect.delta_loss,
                 "loss_stderr": effect.stderr,
@@ -154,11 +175,21 @@ def rows_of(
                 "kl_stderr": effect.kl_stderr,
             }
         )
+    times = {"forward_pass_s": floor, "exhaustive_s_per_pair": per_pair, "estimates": speed}
     return pl.DataFrame(rows), times
 
 
+def predictions(rows: Sequence[dict[str, Any]], fmt: Format) -> dict[str, float]:
+    """Return the planner's predicted change of loss by site, of the linears it plans."""
+    planned = [row for row in rows if ".layers." in row["site"]]
+    sites = [row["site"] for row in planned]
+    is_input = np.array([site.endswith(":input") for site in sites])
+    found = predict(SENSITIVITY.frame(planned), sites, is_input, (fmt,))
+    return dict(zip(sites, found.loss[:, 0].tolist(), strict=True))
+
+
 def agreement(rows: pl.DataFrame) -> dict[str, Any]:
-    """Return how far each estimate agrees with each target, of one operand and format."""
+    """Return how far each estimate agrees with each target."""
     estimates = {}
     for name in ESTIMATES:
         found = {
@@ -169,6 +200,10 @@ def agreement(rows: pl.DataFrame) -> dict[str, Any]:
             ratio = (clear[name] / clear[target]).median()
             found["median_ratio"] = None if ratio is None else round(float(ratio), 3)
             found["ratio_over_tensors"] = len(clear)
+        if name.endswith("_other_tokens") and target == "loss":
+            noise = (rows["loss_stderr"] ** 2 + rows["stderr_other_tokens"] ** 2).sqrt()
+            squares = ((rows[name] - rows["loss"]) / noise) ** 2
+            found["rmse_stderrs"] = round(float(squares.mean()) ** 0.5, 2)  # type: ignore[arg-type]
         estimates[name] = found
     return {
         "tensors": len(rows),
@@ -201,12 +236,16 @@ def _ranked(rows: pl.DataFrame, by: str, count: int = 5) -> Iterator[dict[str, A
 
 def show(name: str, found: dict[str, Any]) -> None:
     print(f"\n{name}: {found['tensors']} tensors, loss and KL agree at {found['spearman_loss_kl']}")
-    print(f"{'estimate':34}{'cost':>12}{'with loss':>12}{'with KL':>12}{'median ratio':>14}")
+    print(
+        f"{'estimate':34}{'cost':>12}{'with loss':>12}{'with KL':>12}{'median ratio':>14}"
+        f"{'rmse/stderr':>13}"
+    )
     for estimate, row in found["estimates"].items():
         ratio = row.get("median_ratio")
         print(
             f"{estimate:34}{ESTIMATES[estimate]:>12}{row['spearman_loss']:>12}"
             f"{row['spearman_kl']:>12}{'' if ratio is None else ratio:>14}"
+            f"{row.get('rmse_stderrs', ''):>13}"
         )
 
 
@@ -214,14 +253,14 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(EMBEDDED))
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=ProfileOptions.tokens)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--formats", default="int4-g128")
+    parser.add_argument("--format", default="int4-g128")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="each K-th block alone")
     parser.add_argument("--data", action="append", default=[], metavar="PATH")
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
-    formats = parse_formats(asked.formats.split(","))
+    fmt = parse_format(asked.format)
     checkpoint = load_checkpoint(asked.model, device="cpu")
     ids = tokenize(
         load_text(tuple(asked.data)),
@@ -232,16 +271,16 @@ def main() -> None:
         seed=0,
     )
     ids, other_ids = ids.chunk(2)
-    rows, times = rows_of(checkpoint, ids, other_ids, formats, asked.every)
-    found = {
-        f"{operand}s at {fmt.name}": agreement(rows.filter(operand=operand, format=fmt.name))
-        for fmt in formats
-        for operand in OPERANDS
-    }
+    rows, times = rows_of(checkpoint, ids, other_ids, fmt, asked.every)
+    found = {f"{operand}s": agreement(rows.filter(operand=operand)) for operand in OPERANDS}
+    found["inputs and weights"] = agreement(rows)
     for name, one in found.items():
-        show(name, one)
-    speedup = times["exhaustive_s"] / times["forward_and_backward_s"]
-    print(f"\nCPU seconds: {times}; exhaustive over estimate: {speedup:.1f}")
+        show(f"{name} at {fmt}", one)
+    for row in times["estimates"]:
+        print(
+            f"\n{len(row['formats'])} formats, {row['pairs']} pairs: exhaustive over estimate "
+            f"{row['exhaustive_over_estimate']:.1f}, its floor {row['floor_over_estimate']:.1f}"
+        )
     result = {
         "model": Path(asked.model).name,
         "content_hash": checkpoint.content_hash,
@@ -249,10 +288,9 @@ def main() -> None:
         "tokens": ids.numel(),
         "seq_len": ids.shape[1],
         "every_block": asked.every,
+        "format": fmt.name,
         "agreement": found,
-        "cpu_seconds": {name: round(value, 1) for name, value in times.items()},
-        "exhaustive_inferred_from_share": round(1 / asked.every, 3),
-        "exhaustive_over_estimate": round(speedup, 1),
+        "cpu_seconds": times,
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": hardware(),

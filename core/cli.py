@@ -153,7 +153,7 @@ def _print(result: Any, as_json: bool) -> None:
     callback=_count,
     metavar="N|all",
     show_default=True,
-    help="Measure the N largest estimates under quantization, a pass over the tokens each.",
+    help="Measure the N least certain estimates under quantization, a pass over the tokens each.",
 )
 @_option(ProfileOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 @_option(
@@ -248,6 +248,17 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="Train scales: lwc, lsq (weights), lac (inputs) or absmax.  [default: lac for inputs "
     "from 256 elements a scale on]",
 )
+@_option(
+    PlanOptions,
+    "measure",
+    "--measure",
+    is_flag=False,
+    flag_value=PlanOptions.DEFAULT_MEASURE,
+    type=click.IntRange(0),
+    metavar="[N]",
+    help="Measure the plan whole on the profile's text; where it differs from the prediction, "
+    f"refine it with at most N plans.  [default N: {PlanOptions.DEFAULT_MEASURE}]",
+)
 @_json
 def plan(run: Path, as_json: bool, **options: Any) -> None:
     """Choose a format for every site under a budget, with a reason for each.
@@ -257,9 +268,15 @@ def plan(run: Path, as_json: bool, **options: Any) -> None:
 
     Example: bitplan plan run --input-bits 5
     """
+    asked = PlanOptions(**options)
+    if asked.measure:
+        from bitplan.qat.measure import make_measured_plan
+
+        _print(make_measured_plan(run, asked), as_json)
+        return
     from bitplan.planner.stage import make_plan
 
-    _print(make_plan(run, PlanOptions(**options)), as_json)
+    _print(make_plan(run, asked), as_json)
 
 
 @main.command()

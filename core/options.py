@@ -32,7 +32,7 @@ class ProfileOptions:
     sensitivity: bool = True
     """Estimate the change of loss per (site, format) from backward passes."""
     interventions: int | Literal["all"] = 0
-    """Measure these many of the largest estimates, a forward pass over all tokens each."""
+    """Measure these many of the least certain estimates, a forward pass over all tokens each."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto (cuda where there is one)."""
     seed: int = 0
@@ -67,6 +67,10 @@ class PlanOptions:
     """One format per role and operand."""
     quantizers: tuple[str, ...] = ()
     """GLOB=NAME: how training finds scales; default: lac for inputs of groups from 256 on."""
+    measure: int = 0
+    """Measure the plan whole, and at most these many plans to refine it; 0: predict alone."""
+
+    DEFAULT_MEASURE = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,6 +214,9 @@ SENSITIVITY = Table(
     ),
 )
 
+# Estimated over measured kl scatters by about this much: benchmarks/sensitivity_agreement.py.
+ESTIMATE_SPREAD = 0.2
+
 FRONTIER = Table(
     "frontier.parquet",
     "a plan: the best at a budget, or a rule's",
@@ -234,6 +237,20 @@ FRONTIER = Table(
         _c("weight_bits", pl.Float64, "bits", "average effective bits of the weights"),
         _c("input_bits", pl.Float64, "bits", "average effective bits of the inputs, by MACs"),
         _c("plan_id", pl.String, "", "hash of the plan's formats"),
+    ),
+)
+
+MEASURED = Table(
+    "measured.parquet",
+    "a plan that was measured whole: all its sites quantized at once",
+    (
+        _c("plan_id", pl.String, "", "hash of the plan's formats"),
+        _c("of", pl.String, "", "hash of the model and the tokens that it was measured on"),
+        _c("delta_loss", pl.Float64, "nats per token", "change of loss under the plan"),
+        _c("stderr", pl.Float64, "nats per token", "standard error of delta_loss over sequences"),
+        _c("kl", pl.Float64, "nats per token", "KL divergence from the unquantized predictions"),
+        _c("kl_stderr", pl.Float64, "nats per token", "standard error of kl over sequences"),
+        _c("tokens", pl.Int64, "tokens", "calibration tokens it was measured on"),
     ),
 )
 
@@ -295,6 +312,7 @@ TABLES = (
     SENSITIVITY,
     OUTLIERS,
     FRONTIER,
+    MEASURED,
     METRICS,
     HELDOUT,
     TRAINED,

@@ -83,6 +83,23 @@ class Predicted:
     time_ms: float | None = None
     R_trained: float | None = None
     """R after training, from what verify has trained so far; null where it was not asked for."""
+    stderr: float | None = None
+    """Standard error of delta_loss."""
+    kl: float | None = None
+    """Sum of the sites' KL divergence, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a plan costs with all its sites quantized at once, nats per token."""
+
+    delta_loss: float
+    stderr: float | None
+    kl: float
+    kl_stderr: float | None
+    tokens: int
+    agrees: bool
+    """Whether the predicted change of loss lies within two standard errors of the measured one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +112,7 @@ class Plan:
     predicted: Predicted
     budget: Mapping[str, float]
     device: str | None = None
+    measured: Measured | None = None
     optimality_gap: float | None = None
     """(objective - proven lower bound) / objective; null for a rule."""
     formats: tuple[str, ...] = ()
@@ -124,6 +142,7 @@ class Plan:
             "budget": dict(self.budget),
             "device": self.device,
             "predicted": asdict(self.predicted),
+            "measured": None if self.measured is None else asdict(self.measured),
             "optimality_gap": self.optimality_gap,
             "formats": list(self.formats),
             "pins": list(self.pins),
@@ -143,11 +162,12 @@ class Plan:
                     f"the plan has schema version {value['schema']!r}, this bitplan reads "
                     f"{SCHEMA_VERSION}: plan again"
                 )
-            keys = {f.name for f in fields(cls)} - {"sites", "predicted"}
+            keys = {f.name for f in fields(cls)} - {"sites", "predicted", "measured"}
             plain = {key: _frozen(value[key]) for key in sorted(keys)}
             plan = cls(
                 sites=tuple(_choice(site, entry) for site, entry in value["sites"].items()),
                 predicted=Predicted(**value["predicted"]),
+                measured=Measured(**measured) if (measured := value.get("measured")) else None,
                 **plain,
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -77,10 +77,16 @@ class Problem:
     stderr: Floats
     method: NDArray[Any]
     """[S, F]: `gradient`, `intervention` or None."""
+    predicted_stderr: Floats
+    """[S, F]: the standard error of the predicted change of loss; NaN where it is not known."""
+    kl: Floats
+    """[S, F]: predicted KL divergence, nats per token; NaN where there is none."""
     objective: Floats
     """[S, F]: what is minimized, summed over sites; see predict.py."""
     in_nats: bool
     """Whether `objective` is a loss, or without sensitivities only an order."""
+    notes: tuple[str, ...] = ()
+    """What was done to the sensitivities on the way to the predictions."""
 
     @cached_property
     def is_input(self) -> Bools:
@@ -167,13 +173,14 @@ def read_problem(
         bits=np.array([[f.effective_bits(s.in_features) for f in columns] for s in sites]),
         params=params,
         macs=params * _routed(sites, linear, len(linears)),
-        **dict.fromkeys(("relative_error", "raw", "stderr", "method", "objective"), _NONE),
+        **_NOT_YET,
         in_nats=sensitivity is not None,
     )
     return replace(bare, **_predictions(bare, errors, sensitivity))
 
 
-_NONE = np.empty((0, 0))
+_PREDICTED = ("relative_error", "raw", "stderr", "method", "predicted_stderr", "kl", "objective")
+_NOT_YET: dict[str, Any] = dict.fromkeys(_PREDICTED, np.empty((0, 0)))
 
 
 def _decides(site: SiteInfo, per_role: bool) -> str:
@@ -240,6 +247,7 @@ def _predictions(
     relative[:, -1] = 0.0
     raw = np.full_like(relative, np.nan)
     stderr, method = raw.copy(), np.full(raw.shape, None, dtype=object)
+    predicted_stderr, kl, notes = raw.copy(), raw.copy(), tuple[str, ...]()
     if sensitivity is None:
         objective = predict.denoise(relative, columns) * problem.weight_in_average[:, None]
     else:
@@ -247,11 +255,14 @@ def _predictions(
         raw = predict.pivot(best, "delta_loss", names, columns)
         stderr = predict.pivot(best, "stderr", names, columns)
         method = predict.pivot_methods(best, names, columns)
-        raw[:, -1] = 0.0
+        found = predict.predict(sensitivity, names, problem.is_input, columns)
+        loss, predicted_stderr, kl, notes = found.loss, found.stderr, found.kl, found.notes
         unrouted = np.array([s.tokens == 0 for s in problem.sites])
         idle = np.isin(problem.linear, problem.linear[unrouted])
-        raw[idle] = np.nan_to_num(raw[idle], nan=0.0)
-        objective = predict.denoise(raw, columns)
+        for table in (raw, loss, predicted_stderr, kl):
+            table[:, -1] = 0.0
+            table[idle] = np.nan_to_num(table[idle], nan=0.0)
+        objective = predict.denoise(loss, columns)
     needed = _needed(problem)
     if (lacks := needed & np.isnan(objective)).any():
         what = "relative error" if sensitivity is None else "sensitivity"
@@ -266,6 +277,9 @@ def _predictions(
         "raw": raw,
         "stderr": stderr,
         "method": method,
+        "predicted_stderr": predicted_stderr,
+        "kl": kl,
+        "notes": notes,
         "objective": np.where(needed, objective, 0.0),
     }
 

@@ -7,7 +7,7 @@ that no budget restrains keeps the default limit: weights what rule `uniform` us
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from bitplan.options import PlanOptions
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
 from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
-from bitplan.planner.plan import PLAN_FILE, Plan, Predicted, read_plan
+from bitplan.planner.plan import PLAN_FILE, Measured, Plan, Predicted, read_plan
 from bitplan.planner.problem import Ints, Problem, read_problem
 from bitplan.planner.quantizers import named_quantizers
 from bitplan.planner.reasons import explain, misleading_kurtosis
+from bitplan.planner.refine import kl_of, stderr_of
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
 from bitplan.planner.text import plan_text
@@ -62,9 +63,23 @@ class PlanResult:
         }
 
 
-def make_plan(run: Path, options: PlanOptions) -> PlanResult:
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A choice [S] that was measured whole, or the one it was refined to, and what to say of it."""
+
+    choice: Ints
+    measured: Measured
+    notes: tuple[str, ...]
+
+
+# From the run, the problem, its limits, the choice and the options to what measuring made of it.
+Check = Callable[[RunDir, Problem, Sequence[Limit], Ints, PlanOptions], Checked]
+
+
+def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> PlanResult:
     """Choose a format for every site of a profiled run and write RUN/plan.json and the frontier.
 
+    check: measures the choice, as `options.measure` asks; the planner itself runs no model.
     Raises RunError for a run that is not profiled, PlanError for options that do not fit it, and
     BudgetError where no plan meets the budget. Nothing is written then.
     """
@@ -83,12 +98,14 @@ def make_plan(run: Path, options: PlanOptions) -> PlanResult:
                     frontier=directory.read_table(FRONTIER_FILE),
                     up_to_date=True,
                 )
-        plan, points = _plan(directory, options)
+        plan, points = _plan(directory, options, check)
         directory.commit("plan", key, {FRONTIER_FILE: points}, {PLAN_FILE: plan.as_json()})
     return PlanResult(run=run, plan=plan, frontier=points, up_to_date=False)
 
 
-def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
+def _plan(
+    directory: RunDir, options: PlanOptions, check: Check | None
+) -> tuple[Plan, pl.DataFrame]:
     asked = asked_limits(options)
     _check_combination(options, asked)
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
@@ -105,6 +122,10 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
     limits, notes = _limits(problem, options, asked)
     trained = _trained(directory, problem) if options.converge else None
     choice, gap, said = _choose(problem, options, limits, trained)
+    checked = None if check is None else check(directory, problem, limits, choice, options)
+    if checked is not None:
+        gap = gap if np.array_equal(choice, checked.choice) else None
+        choice, said = checked.choice, [*said, *checked.notes]
     primary = (asked or _default_first(limits))[0]
     others = [limit for limit in limits if limit is not primary]
     points = frontier(problem, primary, others, choice)
@@ -116,6 +137,7 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         predicted=predicted(problem, choice, limits, trained),
         budget={limit.budget.name: limit.value for limit in limits if np.isfinite(limit.value)},
         device=next((limit.device.name for limit in limits if limit.device), None),
+        measured=None if checked is None else checked.measured,
         optimality_gap=gap,
         formats=options.formats,
         pins=options.pins,
@@ -239,6 +261,8 @@ def predicted(
         bit_ops=used("bit_ops"),
         bytes=used("bytes") or 0.0,
         time_ms=None if time is None else time.cost(problem).total(problem, choice),
+        stderr=stderr_of(problem, choice) if problem.in_nats else None,
+        kl=kl_of(problem, choice) if problem.in_nats else None,
     )
 
 
@@ -257,9 +281,10 @@ def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]
         methods = Counter(method for method in used.ravel().tolist() if method)
         counts = " and ".join(f"{n} sites by {method}" for method, n in sorted(methods.items()))
         notes.append(
-            f"predictions add up single-site changes of loss ({counts}), noise below zero "
-            "removed; `bitplan verify` measures the sum"
+            f"predictions add up single-site changes of loss ({counts}), shrunk by their noise; "
+            "`--measure` measures the sum, `bitplan verify` trains under it"
         )
+        notes.extend(problem.notes)
     else:
         notes.append(
             "no sensitivity was profiled: the plan minimizes the relative quantization error "

@@ -145,6 +145,13 @@ def _totals(plan: Plan, frontier: pl.DataFrame) -> Iterator[str]:
             f"weights {p.delta_loss_weights:+.5f}, inputs {inputs:+.5f}: predicted R {ratio} "
             "(above 1: activation-limited)"
         )
+    if (m := plan.measured) is not None:
+        yield (
+            f"measured on {m.tokens:,} tokens: loss {m.delta_loss:+.5f}{_plus_minus(m.stderr)} "
+            f"(predicted {p.delta_loss or 0.0:+.5f}{_plus_minus(p.stderr)})"
+        )
+        kl = "" if p.kl is None else f" (predicted {p.kl:.5f})"
+        yield f"{'':<{LABEL}}KL {m.kl:.5f}{_plus_minus(m.kl_stderr)}{kl}"
     extras = [f"{p.bytes / 1e6:.3f} MB of planned weights"]
     if p.bit_ops is not None:
         extras.append(f"{p.bit_ops:.4g} bit operations per token")
@@ -153,6 +160,10 @@ def _totals(plan: Plan, frontier: pl.DataFrame) -> Iterator[str]:
             f"{p.time_ms:.4g} ms for 4,096 tokens on {plan.device}, at its published rate"
         )
     yield from _wrap("", [f"{extra};" for extra in extras[:-1]] + extras[-1:], " ")
+
+
+def _plus_minus(stderr: float | None) -> str:
+    return "" if stderr is None else f" +- {stderr:.5f}"
 
 
 def _fixed(value: float | None) -> str:

@@ -22,14 +22,14 @@ from bitplan.probe.checkpoint import some
 from bitplan.probe.experts import Expert
 from bitplan.probe.modules import LinearModule
 from bitplan.probe.outliers import OutlierWatch
-from bitplan.probe.sensitivity import ROLES, GradientSensitivity, summed_loss
+from bitplan.probe.sensitivity import ROLES, GradientSensitivity, Rows, summed_loss
 from bitplan.probe.tensor_stats import TensorStats
 from bitplan.probe.trace import traced
 from bitplan.progress import track
 
 # Tensors remembered to recognize the next reader of the same one; readers follow closely.
 _RECENT = 8
-_BATCH_BYTES = {"cpu": 1 << 28}
+_BATCH_BYTES = {"cpu": 1 << 30}
 _GPU_BATCH_BYTES = 1 << 33
 
 
@@ -114,8 +114,9 @@ def finite_loss(loss: float) -> float:
 
 def batch_size(items: Sequence[LinearModule], seq_len: int, device: torch.device) -> int:
     """Return how many sequences keep the activations of a batch within the bound, at least 1."""
-    # A linear's input and output, and what lies between it and the next, as often again.
-    floats = sum(2 * (i.linear.in_features + i.linear.out_features) for i in items if i.has_input)
+    # A linear's input and output, what lies between it and the next as often again, and the
+    # gradients that wait for the next pass.
+    floats = sum(3 * (i.linear.in_features + i.linear.out_features) for i in items if i.has_input)
     bound = _BATCH_BYTES.get(device.type, _GPU_BATCH_BYTES)
     return max(1, bound // max(1, 4 * floats * seq_len))
 
@@ -139,8 +140,7 @@ class _Seen:
 
     x: Tensor
     leader: str
-    positions: Tensor | None
-    sequences: Tensor
+    rows: Rows
     views: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
@@ -208,7 +208,7 @@ class InputWatcher:
             return None
         group = item.linear.fused or name
         if group not in seen.views:
-            seen.views[group] = name, self._estimate.input(name, x, seen.sequences)
+            seen.views[group] = name, self._estimate.input(name, x, seen.rows)
         leader, view = seen.views[group]
         self._estimate.share(name, leader)
         return view
@@ -217,40 +217,43 @@ class InputWatcher:
         """Take in a linear's output; embeddings are where gradients begin."""
         item, seen = self._items[name], self._reading
         if seen is not None and self._measures:
-            self.outliers.see_output(name, seen.x, y, seen.sequences, seen.positions)
+            self.outliers.see_output(name, seen.x, y, seen.rows.sequences, seen.rows.positions)
         if self._estimate is None:
             return
         if seen is None:
             if not y.requires_grad:
                 y.requires_grad_(True)
         elif item.linear.role in ROLES and y.requires_grad:
-            self._estimate.output(item, seen.x, y, seen.sequences)
+            self._estimate.output(item, seen.x, y, seen.rows)
 
     def _find(self, x: Tensor) -> _Seen | None:
         return next((seen for seen in self._recent if seen.x is x), None)
 
     def _first(self, name: str, x: Tensor) -> _Seen:
         """Update the statistics with a tensor that was not seen before in this batch."""
-        positions, sequences = self._places(name, x)
+        rows = self._places(name, x)
         if self._measures:
-            self.outliers.see_input(name, x, sequences, positions)
+            self.outliers.see_input(name, x, rows.sequences, rows.positions)
             if name not in self.stats:
                 self.stats[name] = TensorStats(
                     x.shape[-1], operand="input", formats=self._formats, device=x.device
                 )
             self.stats[name].update(
-                x, positions=positions, sequences=sequences if positions is not None else None
+                x,
+                positions=rows.positions,
+                sequences=rows.sequences if rows.positions is not None else None,
             )
-        seen = _Seen(x, name, positions, sequences)
+        seen = _Seen(x, name, rows)
         self._recent.append(seen)
         return seen
 
-    def _places(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return each row's position, None where it cannot be told, and its sequence: [rows]."""
+    def _places(self, name: str, x: Tensor) -> Rows:
+        """Return where each row belongs."""
         rows = x.numel() // x.shape[-1]
         if (expert := self._experts.get(name)) is not None and expert.tokens is not None:
-            return self._positions[expert.tokens], self._sequences[expert.tokens]
+            tokens = expert.tokens
+            return Rows(self._sequences[tokens], self._positions[tokens], whole=False)
         if rows == self._positions.numel():
-            return self._positions, self._sequences
+            return Rows(self._sequences, self._positions, whole=True)
         # Rows in no known order: their share of each sequence is lost, not their sum.
-        return None, self._sequences[:1].expand(rows)
+        return Rows(self._sequences[:1].expand(rows), None, whole=False)

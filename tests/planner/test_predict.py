@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from bitplan.errors import PlanError
 from bitplan.formats import BF16, parse_format
-from bitplan.planner.predict import at_least_as_fine, best_method, denoise
+from bitplan.planner.predict import (
+    Prediction,
+    at_least_as_fine,
+    best_method,
+    denoise,
+    predict,
+)
 from bitplan.planner.problem import read_problem
+from bitplan.tables import SENSITIVITY
 
 FORMATS = tuple(map(parse_format, ("int4-g128", "int4-g32", "int8-g128", "int8-token", "mxfp4")))
 VALUES = st.floats(-1, 1, allow_nan=False)
@@ -106,3 +113,107 @@ def test_nothing_to_plan_is_told(tables: Callable[..., Any]) -> None:
     profile = made.profile.with_columns(role=pl.lit("other"))
     with pytest.raises(PlanError, match=r"nothing to plan.* found 17 of role other"):
         read_problem(profile, made.errors, made.sensitivity, formats=("int4-g128",))
+
+
+COLUMNS = ("int4-g128", "bf16")
+
+
+def sensitivities(method: str, **columns: Any) -> pl.DataFrame:
+    """Return rows of one method at int4-g128, for the weights of as many sites as values."""
+    count = len(next(iter(columns.values())))
+    rows = [
+        {"site": f"m.{i}:weight", "format": COLUMNS[0], "method": method}
+        | {name: float(values[i]) for name, values in columns.items()}
+        for i in range(count)
+    ]
+    return SENSITIVITY.frame(rows)
+
+
+def predicted(sensitivity: pl.DataFrame, count: int) -> Prediction:
+    sites = [f"m.{i}:weight" for i in range(count)]
+    is_input = np.zeros(count, dtype=bool)
+    return predict(sensitivity, sites, is_input, tuple(map(parse_format, COLUMNS)))
+
+
+def test_noise_is_shrunk_and_what_stands_out_is_kept() -> None:
+    rng = np.random.default_rng(0)
+    kl = 10 ** rng.uniform(-4, -2, 2000)
+    for rho in (0.0, 0.2, 2.0):
+        truth = rho * kl * rng.normal(size=len(kl))
+        s = 10 ** rng.uniform(-4, -2.5, len(kl))
+        first = truth + s * rng.normal(size=len(kl))
+        frame = sensitivities("gradient", delta_loss=kl + first, stderr=s, kl=kl, kl_stderr=0 * kl)
+        found = predicted(frame, len(kl)).loss[:, 0]
+        best = kl + (rho * kl) ** 2 / ((rho * kl) ** 2 + s**2) * first
+        error = np.square(found - kl - truth).mean()
+        assert error < 1.05 * np.square(best - kl - truth).mean() + 1e-9
+        assert error < 0.9 * np.square(first - truth).mean()
+        # Never beyond what was estimated, nor on the other side of kl.
+        assert (np.abs(found - kl) <= np.abs(first) + 1e-15).all()
+        assert ((found - kl) * first >= 0).all()
+
+
+def test_interventions_rescale_what_is_not_measured() -> None:
+    kl = np.array([1e-3, 2e-3, 4e-3, 8e-3, 1e-2])
+    exact = {"stderr": 0 * kl, "kl_stderr": 0 * kl}
+    estimated = sensitivities("gradient", delta_loss=kl, kl=kl, **exact)
+    ratios = np.array([1.2, 1.5, 1.6])
+    for count, ratio in ((2, 1.0), (3, 1.5)):
+        some = ratios[:count] * kl[:count]
+        none = {name: values[:count] for name, values in exact.items()}
+        measured = sensitivities("intervention", delta_loss=some, kl=some, **none)
+        found = predicted(pl.concat([estimated, measured]), len(kl))
+        assert found.loss[:, 0] == pytest.approx([*some, *(ratio * kl[count:])])
+        assert found.kl[:, 0] == pytest.approx([*some, *(ratio * kl[count:])])
+        assert any("multiplied by 1.5" in note for note in found.notes) == (count == 3)
+    # The ratios' spread is the estimates' own error: 1.4826 times the median of 0.3, 0 and 0.1.
+    assert found.stderr[3:, 0] == pytest.approx(1.4826 * 0.1 * 1.5 * kl[3:])
+
+
+def test_a_measured_site_weighs_both_by_precision() -> None:
+    columns = {"kl": [4e-3], "kl_stderr": [0.0]}
+    estimated = sensitivities("gradient", delta_loss=[5e-3], stderr=[1e-3], **columns)
+    measured = sensitivities("intervention", delta_loss=[7e-3], stderr=[5e-4], **columns)
+    found = predicted(pl.concat([estimated, measured]), 1)
+    # (f/s)^2 is 1: no first-order part stands out, and c is 0; what is left is kl of both.
+    assert found.loss[0, 0] == pytest.approx(4e-3)
+    estimated = sensitivities("gradient", delta_loss=[6e-3], stderr=[1e-3], **columns)
+    found = predicted(pl.concat([estimated, measured]), 1)
+    prior = ((2 / 1) ** 2 - 1) / (4 / 1) ** 2 * (4e-3) ** 2
+    c, c_too = (prior / (prior + s**2) for s in (1e-3, 5e-4))
+    variance = c * 1e-3**2 + (0.2 * 4e-3) ** 2
+    weights = np.array([1 / variance, 1 / (c_too * 5e-4**2)])
+    expected = weights @ [4e-3 + c * 2e-3, 4e-3 + c_too * 3e-3] / weights.sum()
+    assert found.loss[0, 0] == pytest.approx(expected)
+    assert found.stderr[0, 0] == pytest.approx(np.sqrt(c_too) * 5e-4)
+
+
+def test_changes_below_zero_are_told_by_their_interval() -> None:
+    frame = sensitivities("gradient", delta_loss=[-1e-3, -1e-3, 1e-3], stderr=[6e-4, 4e-4, 1e-3])
+    found = predicted(frame, 3)
+    assert found.loss[:, 0].tolist() == [-1e-3, -1e-3, 1e-3]
+    (note,) = found.notes
+    assert note.startswith("2 of 3 changes of loss are below zero: 1 within two standard errors")
+    assert "1 beyond" in note
+    assert predicted(frame.filter(pl.col("delta_loss") > 0), 3).notes == ()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", ["delta_loss", "stderr", "kl"])
+def test_nan_is_refused(tables: Callable[..., Any], column: str, bad: float) -> None:
+    made = tables(1)
+    site = made.sensitivity["site"][3]
+    spoiled = made.sensitivity.with_columns(
+        pl.when(pl.col("site") == site).then(bad).otherwise(column).alias(column)
+    )
+    with pytest.raises(PlanError, match=rf"NaN or infinite .*{site} in .* profile again"):
+        read_problem(made.profile, made.errors, spoiled, formats=("int4-g128", "int8-g128"))
+
+
+def test_inputs_are_not_shrunk() -> None:
+    columns = {"delta_loss": [3e-3, 5e-3], "stderr": [1e-2, 1e-2], "kl": [4e-3, 4e-3]}
+    frame = sensitivities("gradient", **columns, kl_stderr=[0.0, 0.0])
+    sites, formats = ["m.0:weight", "m.1:weight"], tuple(map(parse_format, COLUMNS))
+    as_inputs = predict(frame, sites, np.array([True, True]), formats)
+    assert as_inputs.loss[:, 0] == pytest.approx([3e-3, 5e-3])
+    assert predicted(frame, 2).loss[:, 0] == pytest.approx([4e-3, 4e-3])

@@ -1,5 +1,6 @@
 """Which interventions a profile measures, what becomes of their rows, and what a kill leaves."""
 
+import math
 from dataclasses import replace
 
 import polars as pl
@@ -47,16 +48,18 @@ def measured(run):
     return tables(run)[1].filter(method="intervention")
 
 
-def test_the_largest_estimates_come_first_and_bf16_never(run):
+def test_the_least_certain_estimates_come_first_and_bf16_never(run):
     profile, sensitivity = tables(run)
     everything = to_measure(profile, sensitivity, "all")
     assert len(everything) == 2 * UNITS
     assert not any("bf16" in intervention.name for intervention in everything)
-    estimate = {(s, f): d for s, f, d in sensitivity.select("site", "format", "delta_loss").rows()}
-    totals = [
-        sum(estimate[str(site), fmt.name] for site, fmt in intervention.formats.items())
-        for intervention in everything
-    ]
+    columns = sensitivity.select("site", "format", "kl", "kl_stderr").rows()
+    estimate = {(site, name): (kl, stderr) for site, name, kl, stderr in columns}
+    totals = []
+    for intervention in everything:
+        rows = [estimate[str(site), fmt.name] for site, fmt in intervention.formats.items()]
+        kl, stderr = map(sum, zip(*rows, strict=True))
+        totals.append(math.hypot(0.2 * kl, stderr))
     assert totals == sorted(totals, reverse=True)
     role = dict(profile.select("site", "role").rows())
     planned = [i for i in everything if role[str(next(iter(i.formats)))] in PLANNED_ROLES]
