@@ -236,6 +236,13 @@ def _refuse_others(flag: str, *allowed: str) -> None:
 @click.option(
     "--pin", "pins", multiple=True, metavar="GLOB=FORMAT", help="Fix sites, e.g. '*.0.*=int8-g128'."
 )
+@click.option(
+    "--share",
+    "shares",
+    multiple=True,
+    metavar="GLOB=FORMAT>=X",
+    help="At least (>=) or at most (<=) a share of some sites, e.g. 'fc2:input=int8-g128>=0.5'.",
+)
 @_list_option(
     PlanOptions, "formats", "--formats", show_default=True, help="Formats to choose from."
 )

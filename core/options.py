@@ -61,6 +61,8 @@ class PlanOptions:
     """Find the cheapest inputs whose predicted error equals that of the weights."""
     pins: tuple[str, ...] = ()
     """GLOB=FORMAT over site or module names."""
+    shares: tuple[str, ...] = ()
+    """GLOB=FORMAT>=X or <=X: at least or at most a share X of the sites takes the format."""
     formats: tuple[str, ...] = DEFAULT_FORMATS
     """Formats the planner may choose from."""
     per_role: bool = False

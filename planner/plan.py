@@ -49,7 +49,7 @@ class SiteChoice:
     method: str | None
     relative_error: float | None
     forced: str | None
-    """What left no choice: `role`, `pin`, `rule`, `budget`; null where the planner chose."""
+    """What left no choice: `role`, `pin`, `rule`, `share`, `budget`; null: the planner chose."""
     next_best: NextBest | None
     reason: str
 
@@ -97,6 +97,7 @@ class Plan:
     """(objective - proven lower bound) / objective; null for a rule."""
     formats: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     per_role: bool = False
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +124,7 @@ class Plan:
             "optimality_gap": self.optimality_gap,
             "formats": list(self.formats),
             "pins": list(self.pins),
+            "shares": list(self.shares),
             "per_role": self.per_role,
             "notes": list(self.notes),
             "sites": {choice.site: choice.as_json() for choice in self.sites},
@@ -139,7 +141,8 @@ class Plan:
                     f"{SCHEMA_VERSION}: plan again"
                 )
             keys = {f.name for f in fields(cls)} - {"sites", "predicted"}
-            plain = {key: _frozen(value[key]) for key in sorted(keys)}
+            # What a plan of an earlier version does not know of, it does not have.
+            plain = {key: _frozen(value[key]) for key in sorted(keys) if key in value}
             plan = cls(
                 sites=tuple(_choice(site, entry) for site, entry in value["sites"].items()),
                 predicted=Predicted(**value["predicted"]),

@@ -22,6 +22,7 @@ from bitplan.formats import BF16, Format, Operand, parse_formats
 from bitplan.planner import predict
 from bitplan.planner.pins import Pin, apply_pins
 from bitplan.planner.predict import Floats
+from bitplan.planner.shares import Share, apply_share, parse_share
 from bitplan.sites import OPERANDS, PLANNED_ROLES
 
 Ints = NDArray[np.int64]
@@ -81,6 +82,8 @@ class Problem:
     """[S, F]: what is minimized, summed over sites; see predict.py."""
     in_nats: bool
     """Whether `objective` is a loss, or without sensitivities only an order."""
+    shares: Mapping[Share, Sequence[int]]
+    """What every choice keeps to, and the sites that each counts."""
 
     @cached_property
     def is_input(self) -> Bools:
@@ -135,17 +138,19 @@ def read_problem(
     formats: Sequence[str],
     pins: Sequence[str] = (),
     per_role: bool = False,
+    shares: Sequence[str] = (),
 ) -> Problem:
     """Build the problem from the tables of a run directory (step 0: the checkpoint).
 
-    Raises PlanError where there is nothing to plan, a pin does not fit, or a candidate format has
-    not been profiled.
+    Raises PlanError where there is nothing to plan, a pin or a share does not fit, the tables are
+    of different checkpoints, or a candidate format was not profiled or has no finite sensitivity.
     """
     rows = profile.filter(pl.col("step") == 0).unique("site", keep="first", maintain_order=True)
     names = [field.name for field in fields(SiteInfo)]
     sites = tuple(SiteInfo(**row) for row in rows.select(names).iter_rows(named=True))
     if not sites:
         raise PlanError("profile.parquet holds no site of a checkpoint (step 0): profile again")
+    _check_same_checkpoint(rows, {"errors": errors, "sensitivity": sensitivity})
     pinned = apply_pins(sites, pins)
     candidates = parse_formats(formats)
     quantized = dict.fromkeys([*candidates, *(pin.format for pin in pinned.values())])
@@ -169,11 +174,27 @@ def read_problem(
         macs=params * _routed(sites, linear, len(linears)),
         **dict.fromkeys(("relative_error", "raw", "stderr", "method", "objective"), _NONE),
         in_nats=sensitivity is not None,
+        shares={},
     )
+    bare = replace(bare, shares=_shares(bare, shares))
     return replace(bare, **_predictions(bare, errors, sensitivity))
 
 
 _NONE = np.empty((0, 0))
+
+
+def _check_same_checkpoint(
+    profile: pl.DataFrame, tables: Mapping[str, pl.DataFrame | None]
+) -> None:
+    for name, table in tables.items():
+        if table is None:
+            continue
+        unknown = table.filter(~pl.col("site").is_in(profile["site"].implode()))["site"].unique()
+        if len(unknown):
+            raise PlanError(
+                f"{name}.parquet has {len(unknown)} sites that profile.parquet lacks "
+                f"({unknown.sort()[0]}, ...): it is of another checkpoint; profile again"
+            )
 
 
 def _decides(site: SiteInfo, per_role: bool) -> str:
@@ -201,6 +222,17 @@ def _status(
             "include some with --pin ROLE=FORMAT"
         )
     return counted, fixed
+
+
+def _shares(problem: Problem, texts: Sequence[str]) -> dict[Share, list[int]]:
+    """Return the shares and the sites that each counts."""
+    names = np.array([str(f) for f in problem.formats])
+    fixed = np.arange(len(names)) == problem.fixed[:, None]
+    able = np.where((problem.fixed != UNFIXED)[:, None], fixed, problem.allowed)
+    open_to = [set(names[row].tolist()) for row in able]
+    counted = problem.counted.tolist()
+    parsed = dict.fromkeys(map(parse_share, texts))
+    return {share: apply_share(share, problem.sites, counted, open_to) for share in parsed}
 
 
 def _allowed(
@@ -238,12 +270,14 @@ def _predictions(
     names, columns = [s.site for s in problem.sites], problem.formats
     relative = predict.pivot(errors.filter(pl.col("step") == 0), "relative_error", names, columns)
     relative[:, -1] = 0.0
+    needed = _needed(problem)
     raw = np.full_like(relative, np.nan)
     stderr, method = raw.copy(), np.full(raw.shape, None, dtype=object)
     if sensitivity is None:
         objective = predict.denoise(relative, columns) * problem.weight_in_average[:, None]
     else:
         best = predict.best_method(sensitivity)
+        _check_finite(best, names, columns, needed)
         raw = predict.pivot(best, "delta_loss", names, columns)
         stderr = predict.pivot(best, "stderr", names, columns)
         method = predict.pivot_methods(best, names, columns)
@@ -252,7 +286,6 @@ def _predictions(
         idle = np.isin(problem.linear, problem.linear[unrouted])
         raw[idle] = np.nan_to_num(raw[idle], nan=0.0)
         objective = predict.denoise(raw, columns)
-    needed = _needed(problem)
     if (lacks := needed & np.isnan(objective)).any():
         what = "relative error" if sensitivity is None else "sensitivity"
         formats = ",".join(str(columns[f]) for f in np.flatnonzero(lacks.any(axis=0)))
@@ -268,6 +301,23 @@ def _predictions(
         "method": method,
         "objective": np.where(needed, objective, 0.0),
     }
+
+
+def _check_finite(
+    best: pl.DataFrame, names: Sequence[str], columns: Sequence[Format], needed: Bools
+) -> None:
+    """Raise PlanError where a sensitivity that some choice may use is NaN or infinite."""
+    row = {name: i for i, name in enumerate(names)}
+    column = {str(f): i for i, f in enumerate(columns)}
+    wrong = best.filter(~pl.col("delta_loss").is_finite()).select("site", "format", "method")
+    found = [r for r in wrong.rows() if r[1] in column and needed[row[r[0]], column[r[1]]]]
+    if found:
+        site, name, method = found[0]
+        raise PlanError(
+            f"sensitivity.parquet holds {len(found)} values that are no finite numbers (first: "
+            f"{site} at {name}, {method}): profile again, with other --data or --device, or pin "
+            "these sites to bf16"
+        )
 
 
 def _needed(problem: Problem) -> Bools:

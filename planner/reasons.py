@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitplan.planner.budgets import Limit, held, objective
+from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost
 from bitplan.planner.plan import NextBest, SiteChoice
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
@@ -31,6 +31,8 @@ class _Tables:
     allowed: Bools
     possible: Bools
     """Whether the limits leave room for the format if everything else is as cheap as can be."""
+    shared: Bools
+    """The same of the shares."""
     members: dict[tuple[int, int], list[int]]
 
 
@@ -80,14 +82,17 @@ def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
     np.logical_and.at(
         allowed, (where[0][undecided], where[1][undecided]), problem.allowed[undecided]
     )
-    possible = allowed.copy()
-    for limit in limits:
-        cost = limit.cost(problem)
-        if cost.pair is None:
-            table = np.where(allowed, add_up(cost.site), np.inf)
-            least = table.min(axis=2, keepdims=True)
-            room = limit.value * (1 + SLACK) - float(least.sum())
-            possible &= table - least <= max(room, 0.0) + SLACK * abs(limit.value)
+
+    def leave(bounds: Sequence[tuple[Cost, float]]) -> Bools:
+        left = allowed.copy()
+        for cost, bound in bounds:
+            if cost.pair is None:
+                table = np.where(allowed, add_up(cost.site), np.inf)
+                least = table.min(axis=2, keepdims=True)
+                room = bound * (1 + SLACK) - float(least.sum())
+                left &= table - least <= max(room, 0.0) + SLACK * abs(bound)
+        return left
+
     members: dict[tuple[int, int], list[int]] = {}
     for i in np.flatnonzero(undecided).tolist():
         members.setdefault((int(where[0][i]), int(where[1][i])), []).append(i)
@@ -95,7 +100,8 @@ def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
         objective=add_up(objective(problem).site),
         bits=add_up(problem.weight_in_average[:, None] * problem.bits),
         allowed=allowed,
-        possible=possible,
+        possible=leave([(limit.cost(problem), limit.value) for limit in limits]),
+        shared=leave([(share_cost(problem, s), s.limit) for s in problem.shares]),
         members=members,
     )
 
@@ -113,7 +119,9 @@ def _explain_site(
         next_best = _next_best(problem, tables, key, f)
         if rule is not None:
             forced = "rule"
-        elif tables.possible[key].sum() == 1:
+        elif tables.shared[key].sum() == 1:
+            forced = "share"
+        elif (tables.possible & tables.shared)[key].sum() == 1:
             forced = "budget"
     together = [problem.sites[j].module for j in tables.members.get(key, ()) if j != i]
     return SiteChoice(
@@ -170,6 +178,8 @@ def _reason(
         parts.append(f"pinned by {problem.pins[site.site]}")
     elif forced == "rule":
         parts.append(f"rule {rule}")
+    elif forced == "share":
+        parts.append("the shares leave no other format")
     elif forced == "budget":
         parts.append("the budget leaves no other format")
     parts.append(_sensitivity(problem, i, f))

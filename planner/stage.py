@@ -27,7 +27,7 @@ from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
 from bitplan.planner.text import plan_text
-from bitplan.rundir import RunDir, file_hash
+from bitplan.rundir import RunDir, file_hash, provenance_of
 from bitplan.sites import PLANNED_ROLES
 from bitplan.tables import ERRORS, PROFILE, SENSITIVITY
 
@@ -88,6 +88,7 @@ def make_plan(run: Path, options: PlanOptions) -> PlanResult:
 def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
     asked = asked_limits(options)
     _check_combination(options, asked)
+    _check_provenance(directory)
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
     measured = (directory.path / SENSITIVITY.file).is_file()
     problem = read_problem(
@@ -97,6 +98,7 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         formats=options.formats,
         pins=options.pins,
         per_role=options.per_role,
+        shares=options.shares,
     )
     _check_inputs(problem, options, asked)
     limits, notes = _limits(problem, options, asked)
@@ -115,11 +117,27 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         optimality_gap=gap,
         formats=options.formats,
         pins=options.pins,
+        shares=options.shares,
         per_role=options.per_role,
         notes=(*notes, *said, *_facts(problem, choice, limits), *_weights_note(directory)),
         provenance=directory.provenance(),
     )
     return plan, points
+
+
+def _check_provenance(directory: RunDir) -> None:
+    """Raise PlanError where a table says that it was made from another model than the run's."""
+    here = directory.manifest.get("model", {}).get("content_hash")
+    for table in (PROFILE, ERRORS, SENSITIVITY):
+        path = directory.path / table.file
+        if not path.is_file():
+            continue
+        there = provenance_of(path).get("model", {}).get("content_hash")
+        if None not in (here, there) and here != there:
+            raise PlanError(
+                f"{path} was made from another checkpoint (content hash {there[:12]}, this run's "
+                f"is {here[:12]}): profile again"
+            )
 
 
 def _made_by(options: PlanOptions) -> str:
@@ -134,10 +152,12 @@ def _default_first(limits: Sequence[Limit]) -> list[Limit]:
 
 
 def _check_combination(options: PlanOptions, asked: Sequence[Limit]) -> None:
-    if options.rule is not None and (asked or options.converge or options.per_role):
+    if options.rule is not None and (
+        asked or options.converge or options.per_role or options.shares
+    ):
         raise PlanError(
-            f"--rule {options.rule} is a whole plan: drop it, or drop the budgets, --converge and "
-            "--per-role"
+            f"--rule {options.rule} is a whole plan: drop it, or drop the budgets, --converge, "
+            "--share and --per-role"
         )
     pairs = [limit.budget.name for limit in asked if len(limit.budget.operands) > 1]
     if options.converge and pairs:

@@ -35,7 +35,8 @@ def _headline(plan: Plan) -> str:
     budget = ", ".join(f"{name} <= {value:.6g}" for name, value in plan.budget.items())
     device = f" on {plan.device}" if plan.device else ""
     gap = "" if plan.optimality_gap is None else f"; optimality gap {plan.optimality_gap:.2g}"
-    limits = f" under {budget}{device}" if budget else ""
+    shares = "".join(f", share {share}" for share in plan.shares)
+    limits = f" under {budget}{device}{shares}" if budget else ""
     return fill(f"plan {plan.plan_id}: {plan.made_by}{limits}{gap}", WIDTH, subsequent_indent="  ")
 
 

@@ -72,6 +72,22 @@ def test_refused(tables: Callable[..., Any], pin: str, said: str) -> None:
         problem(tables, pin)
 
 
+@pytest.mark.parametrize(
+    ("pins", "said"),
+    [
+        (("fc2=int8-g128", "fc2=int4-g128"), "'fc2=int8-g128' has no effect: fc2=int4-g128 after"),
+        (("*.0.mlp.down_proj=int8-g128", "fc2=int4-g128"), "narrower glob last"),
+    ],
+)
+def test_pins_that_contradict_each_other_are_refused(
+    tables: Callable[..., Any], pins: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(PlanError, match=said):
+        problem(tables, *pins)
+    # Said twice, or a narrower one after a wider one, is no contradiction.
+    assert pinned(problem(tables, "fc2=int8-g128", "fc2:input=int8-g128", "fc2=int8-g128"))
+
+
 def test_an_unknown_format_is_refused(tables: Callable[..., Any]) -> None:
     with pytest.raises(FormatError, match="int9"):
         problem(tables, "fc2=int9")

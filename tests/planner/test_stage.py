@@ -14,6 +14,7 @@ from bitplan.formats import BF16, parse_format
 from bitplan.options import PlanOptions
 from bitplan.planner.plan import Plan
 from bitplan.planner.stage import PlanResult, make_plan
+from bitplan.rundir import RunDir
 
 FORMATS = ("int4-g128", "int8-g128")
 
@@ -334,6 +335,40 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sensitivity_that_is_no_number_is_told(run: Path, value: float) -> None:
+    path, site = run / "sensitivity.parquet", "model.layers.1.mlp.down_proj:input"
+    here = (pl.col("site") == site) & (pl.col("format") == "int4-g128")
+    frame = pl.read_parquet(path).with_columns(
+        delta_loss=pl.when(here).then(value).otherwise("delta_loss")
+    )
+    frame.write_parquet(path)
+    done = invoke(run)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"1 values that are no finite numbers (first: {site} at int4-g128" in done.stderr
+    assert not (run / "plan.json").exists()
+    assert invoke(run, "--pin", f"{site}=bf16").exit_code == 0
+
+
+def test_a_profile_of_another_checkpoint_is_told(
+    run: Path, tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    # One block more, without provenance; then the same sites with another model's provenance.
+    tables(4).sensitivity.write_parquet(run / "sensitivity.parquet")
+    done = invoke(run)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "lacks (model.layers.3." in done.stderr
+    assert "of another checkpoint; profile again" in done.stderr
+    other = RunDir.create(tmp_path / "other")
+    with other.lock():
+        made = {"sensitivity.parquet": tables(3).sensitivity}
+        other.commit("profile", {}, made, model={"content_hash": "f" * 16})
+    (tmp_path / "other" / "sensitivity.parquet").rename(run / "sensitivity.parquet")
+    done = invoke(run)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "was made from another checkpoint (content hash ffffffffffff" in done.stderr
 
 
 def test_a_run_that_is_not_profiled_is_told(tmp_path: Path) -> None:
