@@ -133,7 +133,11 @@ def _print(result: Any, as_json: bool) -> None:
     help="Tokens per sequence.",
 )
 @_list_option(
-    ProfileOptions, "formats", "--formats", show_default=True, help="Candidate formats to measure."
+    ProfileOptions,
+    "formats",
+    "--formats",
+    show_default=True,
+    help="Candidate formats to measure; int4-g* is every group size.",
 )
 @click.option(
     "--weights-only",
@@ -244,7 +248,11 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="At least (>=) or at most (<=) a share of some sites, e.g. 'fc2:input=int8-g128>=0.5'.",
 )
 @_list_option(
-    PlanOptions, "formats", "--formats", show_default=True, help="Formats to choose from."
+    PlanOptions,
+    "formats",
+    "--formats",
+    show_default=True,
+    help="Formats to choose from; int4-g* is every group size.",
 )
 @click.option("--per-role", is_flag=True, help="One format per role and operand.")
 @_json

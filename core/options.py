@@ -64,7 +64,7 @@ class PlanOptions:
     shares: tuple[str, ...] = ()
     """GLOB=FORMAT>=X or <=X: at least or at most a share X of the sites takes the format."""
     formats: tuple[str, ...] = DEFAULT_FORMATS
-    """Formats the planner may choose from."""
+    """Formats the planner may choose from; int4-g* stands for every group size."""
     per_role: bool = False
     """One format per role and operand."""
 

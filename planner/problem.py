@@ -2,7 +2,8 @@
 
 Axes: site [S], format [F] (the candidates, then bf16), linear [L]. A *choice* is an int array [S]
 of format indices. `fixed` holds the format of sites that are not the planner's to decide: pinned
-ones, and those of roles outside PLANNED_ROLES, which stay bf16 and do not count in any average.
+ones, and those of roles outside PLANNED_ROLES, which stay bf16. What is kept at bf16, by role or by
+a pin, does not count in any average.
 `group` [L] names the linears that decide together: fused ones (q/k/v; gate/up), or, one format per
 role, all of a role. Their weights share one format and their inputs share one.
 """
@@ -58,7 +59,7 @@ class Problem:
     allowed: Bools
     """[S, F]: the formats the planner may choose for a site that is not fixed."""
     counted: Bools
-    """[S]: whether the site is in the averages."""
+    """[S]: whether the site is in the averages: planned roles and pins, but what is pinned bf16."""
     fixed: Ints
     """[S]: the format index of a fixed site, else UNFIXED."""
     group: Ints
@@ -212,14 +213,14 @@ def _status(
     fixed = np.where(counted, UNFIXED, len(columns) - 1)
     for i, site in enumerate(sites):
         if pin := pinned.get(site.site):
-            counted[i] |= pin.format.is_quantized
+            counted[i] = pin.format.is_quantized
             fixed[i] = columns.index(pin.format)
     if not counted.any():
         roles = Counter(s.role for s in sites)
         found = ", ".join(f"{count} of role {role}" for role, count in roles.items())
         raise PlanError(
-            f"nothing to plan: no site has a role of {', '.join(PLANNED_ROLES)}; found {found}; "
-            "include some with --pin ROLE=FORMAT"
+            f"nothing to plan: no site has a role of {', '.join(PLANNED_ROLES)} and is not pinned "
+            f"to bf16; found {found}; include some with --pin ROLE=FORMAT"
         )
     return counted, fixed
 
@@ -290,9 +291,11 @@ def _predictions(
         what = "relative error" if sensitivity is None else "sensitivity"
         formats = ",".join(str(columns[f]) for f in np.flatnonzero(lacks.any(axis=0)))
         rows = np.flatnonzero(lacks.any(axis=1))
+        known = ", ".join(errors["format"].unique(maintain_order=True))
         raise PlanError(
             f"the profile has no {what} for {formats} at {len(rows)} of {len(names)} sites "
-            f"({names[rows[0]]}, ...): profile again with --formats {formats} among them"
+            f"({names[rows[0]]}, ...); it has {known}: profile again with --formats {formats} "
+            "among them"
         )
     return {
         "relative_error": relative,

@@ -175,7 +175,8 @@ def _reason(
         return [f"role {site.role} stays {problem.formats[f]}, outside the averages"]
     parts = []
     if forced == "pin":
-        parts.append(f"pinned by {problem.pins[site.site]}")
+        outside = "" if problem.counted[i] else ", outside the averages"
+        parts.append(f"pinned by {problem.pins[site.site]}{outside}")
     elif forced == "rule":
         parts.append(f"rule {rule}")
     elif forced == "share":

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from bitplan.errors import PlanError, RunError
-from bitplan.formats import Operand
+from bitplan.formats import Operand, parse_formats
 from bitplan.options import PlanOptions
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
 from bitplan.planner.converge import converge
@@ -115,7 +115,7 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         budget={limit.budget.name: limit.value for limit in limits if np.isfinite(limit.value)},
         device=next((limit.device.name for limit in limits if limit.device), None),
         optimality_gap=gap,
-        formats=options.formats,
+        formats=tuple(map(str, parse_formats(options.formats))),
         pins=options.pins,
         shares=options.shares,
         per_role=options.per_role,
@@ -270,16 +270,20 @@ def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]
             "no sensitivity was profiled: the plan minimizes the relative quantization error "
             "weighted by MACs and parameters, and predicts no loss"
         )
-    stay = dict.fromkeys(
-        s.role for s, c in zip(problem.sites, problem.counted, strict=True) if not c
-    )
-    if stay:
+    outside = [s for s, c in zip(problem.sites, problem.counted, strict=True) if not c]
+    if kept := [s for s in outside if s.role in PLANNED_ROLES]:
+        pins = ", ".join(dict.fromkeys(str(problem.pins[s.site]) for s in kept))
+        notes.append(f"{len(kept)} sites are kept at bf16 by {pins}: outside every average")
+    if stay := dict.fromkeys(s.role for s in outside if s.role not in PLANNED_ROLES):
         notes.append(
             f"{', '.join(stay)}: not among {', '.join(PLANNED_ROLES)}, so bf16 and outside every "
             "average; include one with --pin ROLE=FORMAT"
         )
-    if any(limit.device for limit in limits):
-        notes.append("time counts the planned linears at the published dense rate: a lower bound")
+    for device in [limit.device for limit in limits if limit.device]:
+        notes.append(
+            "time counts the planned linears at the published dense rate: a lower bound; rates: "
+            f"{device.source}"
+        )
     if count := int(misleading_kurtosis(problem).sum()):
         notes.append(f"{count} inputs have high kurtosis but low sensitivity: see their reasons")
     return notes

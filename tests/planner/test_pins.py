@@ -48,10 +48,13 @@ def test_outside_roles_count_once_they_are_pinned_to_a_quantized_format(
         index = [s.site for s in made.sites].index(head)
         assert bool(made.counted[index]) is counted
         assert made.fixed[index] != UNFIXED
-    # A planned site pinned to bf16 is the plan's choice and stays in the average.
-    made = problem(tables, "fc2=bf16")
-    index = [s.site for s in made.sites].index("model.layers.0.mlp.down_proj:input")
-    assert made.counted[index]
+    # Pinned to bf16, a site of a planned role is kept out of the plan and of every average.
+    made = problem(tables, "fc2:input=bf16")
+    for operand, counted in (("input", False), ("weight", True)):
+        index = [s.site for s in made.sites].index(f"model.layers.0.mlp.down_proj:{operand}")
+        assert bool(made.counted[index]) is counted
+    with pytest.raises(PlanError, match="nothing to plan"):
+        problem(tables, *(f"{role}=bf16" for role in ("qkv", "o", "fc1", "fc2")))
 
 
 @pytest.mark.parametrize(
