@@ -4,6 +4,7 @@ Rows are role and operand, columns blocks; the cheapest format is a dot, so that
 stands out. At most WIDTH characters wide for up to 80 blocks; more blocks wrap.
 """
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
@@ -64,7 +65,7 @@ def _map(plan: Plan) -> Iterator[str]:
             count = sum(len(row.get(b, [])) for b in shown)
             yield f"{role + ':' + operand:<{LABEL}}{text}  {raised} of {count}"
     used = Counter(c.format for row in cells.values() for cell in row.values() for c in cell)
-    by_bits = sorted(used.items(), key=lambda item: (item[0].bits, item[0].name))
+    by_bits = sorted(used.items(), key=lambda item: _by_price(item[0]))
     legend = [f"{glyph[f]} {f} ({n} sites)" for f, n in by_bits]
     if any(_mixed(cell) for row in cells.values() for cell in row.values()):
         legend.append(f"{MIXED} several")
@@ -104,14 +105,25 @@ def _row_order(row: tuple[str, str]) -> tuple[int, str]:
 
 def _glyphs(plan: Plan) -> Mapping[Format, str]:
     """Return one character per format: a dot for the lowest, else its bits, else a letter."""
-    used = sorted({c.format for c in plan.sites if c.planned}, key=lambda f: (f.bits, f.name))
+    used = sorted({c.format for c in plan.sites if c.planned}, key=_by_price)
     lowest = min((f.bits for f in used), default=0)
     letters = iter(LETTERS)
     glyphs: dict[Format, str] = {}
     for f in used:
         first = "." if f.bits == lowest else "F" if f.bits == 16 else str(f.bits)
-        glyphs[f] = next(letters) if first in glyphs.values() else first
+        # A whole row is a token of an input and a channel of a weight: two names, one mark.
+        twins = [glyphs[g] for g in glyphs if f.group_size is None and _row_of(g) == _row_of(f)]
+        glyphs[f] = twins[0] if twins else next(letters) if first in glyphs.values() else first
     return glyphs
+
+
+def _by_price(f: Format) -> tuple[int, int, str]:
+    """Order formats by bits, then from the longest group to the shortest."""
+    return f.bits, -(f.group_size or sys.maxsize), f.name
+
+
+def _row_of(f: Format) -> tuple[str, int, bool]:
+    return f.kind, f.bits, f.granularity in ("token", "channel")
 
 
 def _mixed(cell: Sequence[SiteChoice]) -> bool:

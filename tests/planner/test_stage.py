@@ -424,6 +424,9 @@ def test_group_sizes_are_choices_priced_by_their_scales(
         assert average == pytest.approx(getattr(plan.predicted, f"{operand}_bits"))
         assert average <= limit
     assert 1000 % 128
+    # A whole row is a token of an input and a channel of a weight: the cheapest of both, one mark.
+    rows_alone = make_plan(run, PlanOptions(formats=("int4-g*",), rule="uniform")).as_text()
+    assert ". int4-channel (9 sites)   . int4-token (9 sites)" in rows_alone
     found = plan.assignment
     for block in range(3):
         pair = [f"model.layers.{block}.self_attn.{n}_proj" for n in "qk"]
