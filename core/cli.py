@@ -255,6 +255,21 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="Formats to choose from; int4-g* is every group size.",
 )
 @click.option("--per-role", is_flag=True, help="One format per role and operand.")
+@_option(
+    PlanOptions,
+    "tokens",
+    "--tokens",
+    type=float,
+    help="Tokens of the training to come, e.g. 100e9: plan for what the scaling law leaves of the "
+    "losses, and say where the next bit should go.",
+)
+@_option(
+    PlanOptions,
+    "params",
+    "--params",
+    type=float,
+    help="Non-embedding parameters, with --tokens.  [default: the checkpoint's]",
+)
 @_json
 def plan(run: Path, as_json: bool, **options: Any) -> None:
     """Choose a format for every site under a budget, with a reason for each.

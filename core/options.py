@@ -67,6 +67,10 @@ class PlanOptions:
     """Formats the planner may choose from; int4-g* stands for every group size."""
     per_role: bool = False
     """One format per role and operand."""
+    tokens: float | None = None
+    """Training tokens to come: predictions are brought to the scaling law's forecast for them."""
+    params: float | None = None
+    """Non-embedding parameters for that forecast; None: the checkpoint's."""
 
 
 @dataclass(frozen=True, kw_only=True)

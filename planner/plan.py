@@ -99,6 +99,8 @@ class Plan:
     pins: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     per_role: bool = False
+    advice: Mapping[str, Any] | None = None
+    """The scaling law's forecast and where the next bit should go; null without --tokens."""
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,6 +128,7 @@ class Plan:
             "pins": list(self.pins),
             "shares": list(self.shares),
             "per_role": self.per_role,
+            "advice": None if self.advice is None else dict(self.advice),
             "notes": list(self.notes),
             "sites": {choice.site: choice.as_json() for choice in self.sites},
             "provenance": dict(self.provenance),

@@ -23,7 +23,7 @@ TOP_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tables:
+class Decisions:
     """Sums over the sites that decide together: [group, operand, F]."""
 
     objective: Floats
@@ -40,7 +40,7 @@ def explain(
     problem: Problem, choice: Ints, limits: Sequence[Limit], rule: str | None = None
 ) -> tuple[SiteChoice, ...]:
     """Return the entry of every site for a choice [S] that was made under the limits."""
-    tables = _tables(problem, limits)
+    tables = decisions(problem, limits)
     misleads = misleading_kurtosis(problem)
     return tuple(
         _explain_site(problem, choice, tables, i, rule, bool(misleads[i]))
@@ -68,7 +68,8 @@ def misleading_kurtosis(problem: Problem) -> Bools:
     return out
 
 
-def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
+def decisions(problem: Problem, limits: Sequence[Limit] = ()) -> Decisions:
+    """Return what the formats of each decision cost, and which of them the limits leave."""
     groups, formats = int(problem.group.max()) + 1, len(problem.formats)
     where = (problem.group[problem.linear], problem.is_input.astype(int))
 
@@ -96,7 +97,7 @@ def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
     members: dict[tuple[int, int], list[int]] = {}
     for i in np.flatnonzero(undecided).tolist():
         members.setdefault((int(where[0][i]), int(where[1][i])), []).append(i)
-    return _Tables(
+    return Decisions(
         objective=add_up(objective(problem).site),
         bits=add_up(problem.weight_in_average[:, None] * problem.bits),
         allowed=allowed,
@@ -107,7 +108,7 @@ def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
 
 
 def _explain_site(
-    problem: Problem, choice: Ints, tables: _Tables, i: int, rule: str | None, misleads: bool
+    problem: Problem, choice: Ints, tables: Decisions, i: int, rule: str | None, misleads: bool
 ) -> SiteChoice:
     site, f = problem.sites[i], int(choice[i])
     format_ = problem.formats[f]
@@ -142,7 +143,9 @@ def _explain_site(
     )
 
 
-def _next_best(problem: Problem, tables: _Tables, key: tuple[int, int], f: int) -> NextBest | None:
+def _next_best(
+    problem: Problem, tables: Decisions, key: tuple[int, int], f: int
+) -> NextBest | None:
     """Return the cheapest format that predicts less loss; without one, the best cheaper one."""
     value, bits = tables.objective[key], tables.bits[key]
     others = [g for g in np.flatnonzero(tables.allowed[key]).tolist() if g != f]

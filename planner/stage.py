@@ -7,7 +7,7 @@ that no budget restrains keeps the default limit: weights what rule `uniform` us
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import numpy as np
 import polars as pl
 
 from bitplan.errors import PlanError, RunError
+from bitplan.forecast import check_values
 from bitplan.formats import Operand, parse_formats
 from bitplan.options import PlanOptions
+from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
 from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
@@ -101,6 +103,10 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         shares=options.shares,
     )
     _check_inputs(problem, options, asked)
+    law = _outlook(directory, problem, options)
+    factors: dict[str, float] = {}
+    if law is not None:
+        problem, factors = scale_to_law(problem, law)
     limits, notes = _limits(problem, options, asked)
     choice, gap, said = _choose(problem, options, limits)
     primary = (asked or _default_first(limits))[0]
@@ -119,10 +125,28 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         pins=options.pins,
         shares=options.shares,
         per_role=options.per_role,
-        notes=(*notes, *said, *_facts(problem, choice, limits), *_weights_note(directory)),
+        advice=None if law is None else advise(problem, choice, law, factors),
+        notes=(*notes, *said, *_facts(problem, choice, limits, factors), *_weights_note(directory)),
         provenance=directory.provenance(),
     )
     return plan, points
+
+
+def _outlook(directory: RunDir, problem: Problem, options: PlanOptions) -> Outlook | None:
+    """Return the scaling law's forecast for --tokens, None without; raise for values of none."""
+    if options.tokens is None:
+        if options.params is not None:
+            raise PlanError(
+                "--params is for the forecast of --tokens: give both, e.g. 100e9 tokens"
+            )
+        return None
+    params = options.params
+    if params is None:
+        params = directory.manifest.get("model", {}).get("num_non_embedding_parameters")
+    if params is None:
+        raise PlanError(f"{directory.path} does not say how many parameters there are: --params N")
+    check_values(params=params, tokens=options.tokens)
+    return outlook(problem, float(params), options.tokens)
 
 
 def _check_provenance(directory: RunDir) -> None:
@@ -252,7 +276,9 @@ def _weights_note(directory: RunDir) -> list[str]:
     return [note] if note else []
 
 
-def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]:
+def _facts(
+    problem: Problem, choice: Ints, limits: Sequence[Limit], factors: Mapping[str, float]
+) -> list[str]:
     """Return what a reader of the plan should know about where its numbers come from."""
     notes = []
     if not problem.has_inputs:
@@ -260,10 +286,12 @@ def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]
     if problem.in_nats:
         used = np.take_along_axis(problem.method, choice[:, None], axis=1)[problem.counted]
         methods = Counter(method for method in used.ravel().tolist() if method)
+        by = ", ".join(f"{kind.replace('_', ' ')} x {x:.3g}" for kind, x in factors.items())
+        scaled = f", brought to the scaling law ({by})" if by else ""
         counts = " and ".join(f"{n} sites by {method}" for method, n in sorted(methods.items()))
         notes.append(
             f"predictions add up single-site changes of loss ({counts}), noise below zero "
-            "removed; `bitplan verify` measures the sum"
+            f"removed{scaled}; `bitplan verify` measures the sum"
         )
     else:
         notes.append(

@@ -8,6 +8,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
+from typing import Any
 
 import polars as pl
 
@@ -27,6 +28,7 @@ def plan_text(plan: Plan, frontier: pl.DataFrame) -> str:
         _headline(plan),
         "\n".join(_map(plan)),
         "\n".join(_totals(plan, frontier)),
+        "" if plan.advice is None else "\n".join(_advice(plan.advice)),
         "\n".join(fill(f"note: {note}", WIDTH, subsequent_indent="      ") for note in plan.notes),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -164,6 +166,34 @@ def _totals(plan: Plan, frontier: pl.DataFrame) -> Iterator[str]:
             f"{p.time_ms:.4g} ms for 4,096 tokens on {plan.device}, at its published rate"
         )
     yield from _wrap("", [f"{extra};" for extra in extras[:-1]] + extras[-1:], " ")
+
+
+def _advice(a: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the scaling law says, and where the next bit should go."""
+    yield fill(
+        f"law: {a['params']:.4g} parameters and {a['tokens']:.4g} tokens, 4 bits, QAT from scratch "
+        f"({a['source']}):",
+        WIDTH,
+    )
+    yield f"{'':<{LABEL}}{'weights':>9}{'inputs':>9}{'R':>8}{'R = 1 at':>12}"
+    for label, key in (("all inputs at 4", ""), ("FC2 inputs at 8", "_fc2_at_8")):
+        yield (
+            f"{label:<{LABEL}}{a['delta_weights']:9.4f}{a['delta_inputs' + key]:9.4f}"
+            f"{a['R' + key]:8.2f}{a['crossover_tokens' + key]:12.2g} tokens"
+        )
+    yield fill(f"next bit: {a['next_bit']}{_why(a)}", WIDTH, subsequent_indent="  ")
+    for text in a["extrapolates"]:
+        yield fill(f"extrapolation: {text}", WIDTH, subsequent_indent="  ")
+
+
+def _why(a: Mapping[str, Any]) -> str:
+    inputs, weights = a["saves_per_input_bit"], a["saves_per_weight_bit"]
+    if inputs is None or weights is None:
+        return f" (the forecast R is {'above' if a['R'] > 1 else 'not above'} 1)"
+    return (
+        f"; after this plan the best step saves {inputs:.2g} nats per average input bit and "
+        f"{weights:.2g} per average weight bit"
+    )
 
 
 def _fixed(value: float | None) -> str:
