@@ -219,7 +219,7 @@ def _refuse_others(flag: str, *allowed: str) -> None:
 
 
 @main.command()
-@click.argument("run", type=_RUN)
+@click.argument("run", type=_RUN, required=False)
 @_option(
     PlanOptions, "input_bits", "--input-bits", type=float, help="Average bits of inputs, by MACs."
 )
@@ -270,15 +270,53 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     type=float,
     help="Non-embedding parameters, with --tokens.  [default: the checkpoint's]",
 )
+@click.option(
+    "--explain",
+    metavar="GLOB",
+    help="Only tell why sites of RUN's plan have their formats, e.g. 'fc2:input'.",
+)
+@click.option(
+    "--diff",
+    nargs=2,
+    type=_RUN,
+    metavar="A B",
+    help="Only tell what changed between two plans: run directories or plan.json files.",
+)
 @_json
-def plan(run: Path, as_json: bool, **options: Any) -> None:
+def plan(
+    run: Path | None,
+    explain: str | None,
+    diff: tuple[Path, Path] | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Choose a format for every site under a budget, with a reason for each.
 
     Budgets count scales: int4-g128 is 4.125 bits. Several budgets hold together. Without one, the
     plan may spend the input bits that the paper's rule (every FC2 input at 8 bits) spends.
 
     Example: bitplan plan run --input-bits 5
+
+    With --explain or --diff nothing is planned or written.
+
+    Example: bitplan plan run --explain 'fc2:input'
+
+    Example: bitplan plan --diff run other-run
     """
+    if diff is not None:
+        _refuse_others("--diff", "diff", "as_json")
+        from bitplan.planner.diff import diff_plans
+
+        _print(diff_plans(*diff), as_json)
+        return
+    if run is None:
+        raise click.UsageError("RUN is missing: bitplan plan RUN")
+    if explain is not None:
+        _refuse_others("--explain", "explain", "run", "as_json")
+        from bitplan.planner.explain import explain_sites
+
+        _print(explain_sites(run, explain), as_json)
+        return
     from bitplan.planner.stage import make_plan
 
     _print(make_plan(run, PlanOptions(**options)), as_json)

@@ -8,11 +8,12 @@ a plan names every site of its checkpoint and `check_sites` can tell when the ch
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format, parse_format
-from bitplan.rundir import SCHEMA_VERSION, RunDir, content_hash
+from bitplan.rundir import SCHEMA_VERSION, RunDir, content_hash, read_json
 from bitplan.sites import Site
 
 PLAN_FILE = "plan.json"
@@ -52,6 +53,8 @@ class SiteChoice:
     """What left no choice: `role`, `pin`, `rule`, `share`, `budget`; null: the planner chose."""
     next_best: NextBest | None
     reason: str
+    kurtosis_misleads: bool = False
+    """A high kurtosis on an input that does not suffer; see reasons.py."""
 
     @property
     def operand(self) -> str:
@@ -173,6 +176,11 @@ class Plan:
                 f"the plan was made for another checkpoint: {' and '.join(problems)}; "
                 "profile this checkpoint and plan again"
             )
+
+
+def load_plan(path: Path) -> Plan:
+    """Read the plan of a run directory or of a plan.json; raise what read_plan raises."""
+    return read_plan(RunDir.open(path)) if path.is_dir() else Plan.from_json(read_json(path))
 
 
 def read_plan(run: RunDir) -> Plan:

@@ -139,6 +139,7 @@ def _explain_site(
         relative_error=_number(problem.relative_error[i, f]),
         forced=forced,
         next_best=next_best,
+        kurtosis_misleads=misleads,
         reason="; ".join(_reason(problem, i, f, forced, next_best, together, rule, misleads)),
     )
 

@@ -132,7 +132,7 @@ def _place(row: Mapping[str, Any]) -> str:
 
 
 def advice(plan: Mapping[str, Any]) -> str | None:
-    """Say what the scaling law forecasts and where the next bit goes; None where it was not asked."""
+    """Say what the scaling law forecasts and where the next bit goes; None where not asked."""
     law = plan.get("advice")
     if not law:
         return None

@@ -124,8 +124,8 @@ def test_the_forecast_is_told_where_the_plan_has_one() -> None:
     assert words.advice({"advice": None}) is None
     assert words.advice({"advice": law}) == (
         "For 297 million parameters and 50 billion training tokens the scaling law (arXiv "
-        "2505.14302) forecasts 0.0213 nats from 4-bit weights and 0.0401 from 4-bit inputs, R 1.88, "
-        "and R 1.11 with FC2 inputs at 8 bits: the next bit should go to the inputs."
+        "2505.14302) forecasts 0.0213 nats from 4-bit weights and 0.0401 from 4-bit inputs, R "
+        "1.88, and R 1.11 with FC2 inputs at 8 bits: the next bit should go to the inputs."
     )
     outside = words.advice({"advice": {**law, "extrapolates": ["params 1e12 is outside"]}})
     assert outside is not None
