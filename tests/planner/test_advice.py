@@ -164,6 +164,15 @@ def test_without_sensitivity_the_forecast_is_said_and_changes_no_choice(
     assert "the forecast R is" in result.as_text()
 
 
+def test_weights_alone_are_scaled_too(tables: Callable[..., Any], tmp_path: Path) -> None:
+    run = tables(3, inputs=False).write(tmp_path / "run")
+    plan = make_plan(run, PlanOptions(rule="uniform", tokens=D, params=N)).plan
+    expected = by_hand(N, D, mean_group(run, "weight", 128))["delta_weights"]
+    assert plan.predicted.delta_loss == pytest.approx(expected)
+    assert plan.advice is not None
+    assert plan.advice["saves_per_input_bit"] is None
+
+
 def test_params_default_to_the_checkpoints_and_extrapolation_is_marked(run: Path) -> None:
     with pytest.raises(PlanError, match="--params N"):
         make_plan(run, PlanOptions(tokens=D))
