@@ -6,7 +6,7 @@ cell, with one option per pair of formats. Both are exact; the second is larger,
 where it is needed. The shares of a problem are limits of every search.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,8 +167,7 @@ def _too_small(problem: Problem, limits: Sequence[Limit], costs: Sequence[Cost])
     """Say what cannot be met, and the nearest that can: the smallest limits that hold together."""
     if clash := _clashing_shares(problem):
         return clash
-    bare = replace(problem, shares={})
-    alone = [_least(bare, cost) for cost in costs]
+    alone = [_least(replace(problem, shares={}), cost) for cost in costs]
     # What can be met alone is kept, so that what cannot is raised by as much as it needs.
     order = sorted(range(len(limits)), key=lambda i: _beyond(alone[i], limits[i]))
     met: dict[int, float] = {}
@@ -183,7 +182,8 @@ def _too_small(problem: Problem, limits: Sequence[Limit], costs: Sequence[Cost])
             smallest = found.value
     first = next(iter(raised))
     if len(raised) == 1:
-        kept = [*(str(limits[j]) for j in order if j != first), *(map(_option, problem.shares))]
+        others = {str(limits[j]): (costs[j], met[j]) for j in met if j != first}
+        kept = _in_the_way(problem, costs[first], others, smallest)
         clashes = kept and smallest > alone[first] * (1 + SLACK)
         return BudgetError(
             f"no plan meets {limits[first]}{' beside ' + ', '.join(kept) if clashes else ''}: the "
@@ -198,6 +198,23 @@ def _too_small(problem: Problem, limits: Sequence[Limit], costs: Sequence[Cost])
         "or allow smaller --formats",
         smallest=float(raised[first]),
     )
+
+
+def _in_the_way(
+    problem: Problem, cost: Cost, others: Mapping[str, tuple[Cost, float]], smallest: float
+) -> list[str]:
+    """Name the limits and shares without which a cost could be smaller; all, if no one alone is."""
+    shares = {_option(share): share for share in problem.shares}
+    named = []
+    for name in (*others, *shares):
+        left = [limit for other, limit in others.items() if other != name]
+        fewer = {s: sites for s, sites in problem.shares.items() if s is not shares.get(name)}
+        search = Search(replace(problem, shares=fewer), cost, [each for each, _ in left])
+        found = search.solve([value for _, value in left])
+        assert found is not None
+        if found.value < smallest * (1 - SLACK):
+            named.append(name)
+    return named or [*others, *shares]
 
 
 def _beyond(value: float, limit: Limit) -> bool:

@@ -45,7 +45,9 @@ def parse_share(text: str) -> Share:
     """Return the share that `text` spells; raise PlanError for anything else."""
     match = _SHARE.fullmatch(text.strip())
     if match is None:
-        raise PlanError(f"--share {text!r}: write GLOB=FORMAT>=X or GLOB=FORMAT<=X, e.g. {EXAMPLE}")
+        raise PlanError(
+            f"--share {text!r}: write GLOB=FORMAT>=X or GLOB=FORMAT<=X, in quotes, e.g. {EXAMPLE}"
+        )
     glob, format_glob, sign, number = (part.strip() for part in match.groups())
     try:
         value = float(number)
