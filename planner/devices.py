@@ -32,7 +32,7 @@ DEVICES = {
         Device(
             name="A100",
             rates_tops={"bf16": 312.0, "int8": 624.0, "int4": 1248.0},
-            source="NVIDIA A100 Tensor Core GPU datasheet (nvidia-1758950-r4; SXM, PCIe alike)",
+            source="NVIDIA A100 Tensor Core GPU Architecture whitepaper (SXM, without sparsity)",
         ),
         Device(
             name="H100",

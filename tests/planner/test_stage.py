@@ -444,7 +444,7 @@ def test_time_is_that_of_the_published_rate_and_names_its_source(run: Path) -> N
     made = make_plan(run, PlanOptions(time="A100=1", pins=pins))
     macs = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 160)
     assert made.plan.predicted.time_ms == pytest.approx(2 * macs * 4096 / 624e12 * 1e3)
-    assert "NVIDIA A100 Tensor Core GPU datasheet" in " ".join(made.as_text().split())
+    assert "NVIDIA A100 Tensor Core GPU Architecture whitepaper" in " ".join(made.as_text().split())
 
 
 def test_a_run_that_is_not_profiled_is_told(tmp_path: Path) -> None:
