@@ -41,7 +41,7 @@ SHAPES = {
 }
 BLOCKS = 143
 POINTS = 50
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 LIMITS = {
     "average": {"input_bits": 5.0, "weight_bits": 4.6, "bytes": 0.999},
     "pairs": {"input_bits": 5.0, "weight_bits": 4.6, "bit_ops": 0.98},

@@ -133,7 +133,11 @@ def _print(result: Any, as_json: bool) -> None:
     help="Tokens per sequence.",
 )
 @_list_option(
-    ProfileOptions, "formats", "--formats", show_default=True, help="Candidate formats to measure."
+    ProfileOptions,
+    "formats",
+    "--formats",
+    show_default=True,
+    help="Candidate formats to measure; int4-g* is every group size.",
 )
 @click.option(
     "--weights-only",
@@ -215,7 +219,7 @@ def _refuse_others(flag: str, *allowed: str) -> None:
 
 
 @main.command()
-@click.argument("run", type=_RUN)
+@click.argument("run", type=_RUN, required=False)
 @_option(
     PlanOptions, "input_bits", "--input-bits", type=float, help="Average bits of inputs, by MACs."
 )
@@ -236,8 +240,19 @@ def _refuse_others(flag: str, *allowed: str) -> None:
 @click.option(
     "--pin", "pins", multiple=True, metavar="GLOB=FORMAT", help="Fix sites, e.g. '*.0.*=int8-g128'."
 )
+@click.option(
+    "--share",
+    "shares",
+    multiple=True,
+    metavar="GLOB=FORMAT>=X",
+    help="At least (>=) or at most (<=) a share of some sites, e.g. 'fc2:input=int8-g128>=0.5'.",
+)
 @_list_option(
-    PlanOptions, "formats", "--formats", show_default=True, help="Formats to choose from."
+    PlanOptions,
+    "formats",
+    "--formats",
+    show_default=True,
+    help="Formats to choose from; int4-g* is every group size.",
 )
 @click.option("--per-role", is_flag=True, help="One format per role and operand.")
 @click.option(
@@ -259,15 +274,68 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="Measure the plan whole on the profile's text; where it differs from the prediction, "
     f"refine it with at most N plans.  [default N: {PlanOptions.DEFAULT_MEASURE}]",
 )
+@_option(
+    PlanOptions,
+    "tokens",
+    "--tokens",
+    type=float,
+    help="Tokens of the training to come, e.g. 100e9: plan for what the scaling law leaves of the "
+    "losses, and say where the next bit should go.",
+)
+@_option(
+    PlanOptions,
+    "params",
+    "--params",
+    type=float,
+    help="Non-embedding parameters, with --tokens.  [default: the checkpoint's]",
+)
+@click.option(
+    "--explain",
+    metavar="GLOB",
+    help="Only tell why sites of RUN's plan have their formats, e.g. 'fc2:input'.",
+)
+@click.option(
+    "--diff",
+    nargs=2,
+    type=_RUN,
+    metavar="A B",
+    help="Only tell what changed between two plans: run directories or plan.json files.",
+)
 @_json
-def plan(run: Path, as_json: bool, **options: Any) -> None:
+def plan(
+    run: Path | None,
+    explain: str | None,
+    diff: tuple[Path, Path] | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Choose a format for every site under a budget, with a reason for each.
 
     Budgets count scales: int4-g128 is 4.125 bits. Several budgets hold together. Without one, the
     plan may spend the input bits that the paper's rule (every FC2 input at 8 bits) spends.
 
     Example: bitplan plan run --input-bits 5
+
+    With --explain or --diff nothing is planned or written.
+
+    Example: bitplan plan run --explain 'fc2:input'
+
+    Example: bitplan plan --diff run other-run
     """
+    if diff is not None:
+        _refuse_others("--diff", "diff", "as_json")
+        from bitplan.planner.diff import diff_plans
+
+        _print(diff_plans(*diff), as_json)
+        return
+    if run is None:
+        raise click.UsageError("RUN is missing: bitplan plan RUN")
+    if explain is not None:
+        _refuse_others("--explain", "explain", "run", "as_json")
+        from bitplan.planner.explain import explain_sites
+
+        _print(explain_sites(run, explain), as_json)
+        return
     asked = PlanOptions(**options)
     if asked.measure:
         from bitplan.qat.measure import make_measured_plan

@@ -62,7 +62,7 @@ def predict(
 
     Raises BitplanError for values that no training has, or a precision without a law.
     """
-    _check(params=params, tokens=tokens, group_size=group_size)
+    check_values(params=params, tokens=tokens, group_size=group_size)
     names = [precision, precision + FC2_AT_8]
     rows = []
     for name in [name for name in names if name == precision or name in laws.laws]:
@@ -142,7 +142,7 @@ def crossover(
     rows = []
     for n in params:
         for g in group_sizes:
-            _check(params=n, group_size=g)
+            check_values(params=n, group_size=g)
             tokens = {
                 "all_inputs_at_4": laws.crossover_tokens(n, g, fc2_at_8=False),
                 "fc2_inputs_at_8": laws.crossover_tokens(n, g, fc2_at_8=True),
@@ -155,7 +155,8 @@ def crossover(
     return Crossover(rows=tuple(rows), source=laws.source)
 
 
-def _check(**values: float) -> None:
+def check_values(**values: float) -> None:
+    """Raise BitplanError for params, tokens or a group_size that no training has."""
     for name, value in values.items():
         least = 2 if name == "group_size" else 1
         if not least <= value < float("inf"):

@@ -13,7 +13,9 @@ A format is a number type plus the set of elements that share one scale:
 
 Groups run along the input (reduction) dimension of both operands. A row whose length is not a
 multiple of the group ends in a shorter group, which has a scale of its own. Bits are counted with
-their scales (`effective_bits`): int4-g128 is 4 + 16/128 = 4.125.
+their scales (`effective_bits`): int4-g128 is 4 + 16/128 = 4.125. In a list of formats int4-g*
+stands for groups of 32, 64, 128, 256 and whole rows (int4-token for inputs, int4-channel for
+weights).
 """
 
 import math
@@ -85,6 +87,8 @@ _NAMED = {
 }
 _INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(token|channel|tensor))")
 
+GROUP_CHOICES = ("g32", "g64", "g128", "g256", "token", "channel")
+"""What `-g*` stands for in a list of formats."""
 DEFAULT_LOW = "int4-g128"
 DEFAULT_HIGH = "int8-g128"
 SPELLINGS = "int4-g128, int8-token, int8-channel, int8-tensor, fp8-e4m3, nvfp4, mxfp4 or bf16"
@@ -114,8 +118,17 @@ def parse_format(text: str) -> Format:
 
 
 def parse_formats(names: Iterable[str]) -> tuple[Format, ...]:
-    """Return the formats that `names` spell, in their order, each once; of none, FormatError."""
-    formats = tuple(dict.fromkeys(parse_format(name) for name in names))
+    """Return the formats that `names` spell, in their order, each once; of none, FormatError.
+
+    int4-g* stands for every group size in GROUP_CHOICES.
+    """
+    spelled = [one for name in names for one in _spell_groups(name)]
+    formats = tuple(dict.fromkeys(parse_format(name) for name in spelled))
     if not formats:
         raise FormatError(f"no format was given: write a list such as {DEFAULT_LOW},{DEFAULT_HIGH}")
     return formats
+
+
+def _spell_groups(name: str) -> list[str]:
+    stem, star, rest = name.strip().partition("-g*")
+    return [f"{stem}-{group}" for group in GROUP_CHOICES] if star and not rest else [name]

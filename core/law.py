@@ -87,17 +87,37 @@ class LawSet:
         """Return whether there are laws of inputs alone and of weights alone."""
         return {"w4a16", "w16a4" + FC2_AT_8 * fc2_at_8} <= self.laws.keys()
 
-    def ratio(self, params: float, tokens: float, group_size: float, *, fc2_at_8: bool) -> float:
-        """Return R, what 4-bit inputs cost over what 4-bit weights cost."""
+    def ratio(
+        self,
+        params: float,
+        tokens: float,
+        group_size: float,
+        *,
+        fc2_at_8: bool,
+        weight_group_size: float | None = None,
+    ) -> float:
+        """Return R, what 4-bit inputs cost over what 4-bit weights cost.
+
+        Weights have the inputs' group size where no other is given.
+        """
         inputs = "w16a4" + FC2_AT_8 * fc2_at_8
         return self.delta(inputs, params, tokens, group_size) / self.delta(
-            "w4a16", params, tokens, group_size
+            "w4a16", params, tokens, weight_group_size or group_size
         )
 
-    def crossover_tokens(self, params: float, group_size: float, *, fc2_at_8: bool) -> float:
+    def crossover_tokens(
+        self,
+        params: float,
+        group_size: float,
+        *,
+        fc2_at_8: bool,
+        weight_group_size: float | None = None,
+    ) -> float:
         """Return the D at which R is 1: with more tokens the weights cost more than the inputs."""
         inputs, weights = self.laws["w16a4" + FC2_AT_8 * fc2_at_8], self.laws["w4a16"]
-        at_one = self.ratio(params, 1.0, group_size, fc2_at_8=fc2_at_8)
+        at_one = self.ratio(
+            params, 1.0, group_size, fc2_at_8=fc2_at_8, weight_group_size=weight_group_size
+        )
         return float(at_one ** (1 / (weights.gamma_d - inputs.gamma_d)))
 
     def outside_grid(self, **values: float) -> list[str]:

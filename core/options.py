@@ -61,14 +61,20 @@ class PlanOptions:
     """Find the cheapest inputs whose predicted error equals that of the weights."""
     pins: tuple[str, ...] = ()
     """GLOB=FORMAT over site or module names."""
+    shares: tuple[str, ...] = ()
+    """GLOB=FORMAT>=X or <=X: at least or at most a share X of the sites takes the format."""
     formats: tuple[str, ...] = DEFAULT_FORMATS
-    """Formats the planner may choose from."""
+    """Formats the planner may choose from; int4-g* stands for every group size."""
     per_role: bool = False
     """One format per role and operand."""
     quantizers: tuple[str, ...] = ()
     """GLOB=NAME: how training finds scales; default: lac for inputs of groups from 256 on."""
     measure: int = 0
     """Measure the plan whole, and at most these many plans to refine it; 0: predict alone."""
+    tokens: float | None = None
+    """Training tokens to come: predictions are brought to the scaling law's forecast for them."""
+    params: float | None = None
+    """Non-embedding parameters for that forecast; None: the checkpoint's."""
 
     DEFAULT_MEASURE = 16
 

@@ -85,6 +85,20 @@ def _sync_directory(path: Path) -> None:
         os.close(directory)
 
 
+def provenance_of(table: Path) -> dict[str, Any]:
+    """Return the provenance in a table's Parquet metadata, {} where it has none.
+
+    Raises RunError where the file cannot be read.
+    """
+    import polars as pl
+
+    try:
+        found = json.loads(pl.read_parquet_metadata(table).get("bitplan", "{}"))
+    except (pl.exceptions.PolarsError, OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{table} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 

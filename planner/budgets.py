@@ -24,6 +24,7 @@ from bitplan.options import PlanOptions
 from bitplan.planner.devices import FORWARD_TOKENS, Device, parse_time, rate_tops
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import ABSENT, UNFIXED, Ints, Problem
+from bitplan.planner.shares import Share
 
 BITS_PER_BYTE = 8
 
@@ -93,6 +94,15 @@ def objective(problem: Problem, operands: tuple[Operand, ...] = ("weight", "inpu
     """Return the predicted loss as a cost, of all sites or of one operand's."""
     mask = np.any([problem.mask(operand) for operand in operands], axis=0)
     return Cost(site=held(problem, np.where(mask[:, None], problem.objective, 0.0)))
+
+
+def share_cost(problem: Problem, share: Share) -> Cost:
+    """Return the share of a share's sites that go against it, as a cost; see Share.limit."""
+    sites = list(problem.shares[share])
+    against = np.array([share.takes(str(f)) == share.is_most for f in problem.formats])
+    table = np.zeros_like(problem.bits)
+    table[sites] = against / len(sites)
+    return Cost(site=held(problem, table))
 
 
 def _average_bits(operand: Operand) -> Callable[[Problem, Device | None], Cost]:

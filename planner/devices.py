@@ -32,32 +32,32 @@ DEVICES = {
         Device(
             name="A100",
             rates_tops={"bf16": 312.0, "int8": 624.0, "int4": 1248.0},
-            source="NVIDIA A100 Tensor Core GPU Architecture whitepaper (SXM)",
+            source="NVIDIA A100 Tensor Core GPU Architecture whitepaper (SXM, without sparsity)",
         ),
         Device(
             name="H100",
             rates_tops={"bf16": 989.4, "fp8": 1978.9, "int8": 1978.9},
-            source="NVIDIA H100 Tensor Core GPU Architecture whitepaper (SXM5)",
+            source="NVIDIA H100 Tensor Core GPU Architecture whitepaper (SXM5, without sparsity)",
         ),
         Device(
             name="H200",
             rates_tops={"bf16": 989.4, "fp8": 1978.9, "int8": 1978.9},
-            source="NVIDIA H200 Tensor Core GPU datasheet (SXM), half its rates with sparsity",
+            source="NVIDIA H200 Tensor Core GPU datasheet (SXM): half its rates with sparsity",
         ),
         Device(
             name="B200",
             rates_tops={"bf16": 2250.0, "fp8": 4500.0, "int8": 4500.0, "fp4": 9000.0},
-            source="NVIDIA Blackwell (HGX B200) datasheet, half its rates with sparsity",
+            source="NVIDIA Blackwell architecture technical brief (HGX B200, 1,000 W, dense)",
         ),
         Device(
             name="RTX 4090",
             rates_tops={"bf16": 165.2, "fp8": 330.3, "int8": 660.6, "int4": 1321.2},
-            source="NVIDIA Ada GPU Architecture whitepaper (floats with fp32 sums)",
+            source="NVIDIA Ada GPU Architecture whitepaper (dense, floats summed in fp32)",
         ),
         Device(
             name="MI300X",
             rates_tops={"bf16": 1307.4, "fp8": 2614.9, "int8": 2614.9},
-            source="AMD Instinct MI300X data sheet",
+            source="AMD Instinct MI300X data sheet (peak theoretical, without sparsity)",
         ),
     )
 }

@@ -3,7 +3,7 @@
 A glob (case-sensitive, as in a shell) is compared with four spellings of each site, and fixes it
 where one matches: the site itself, its module, its role, and `role:operand`. So `lm_head=bf16`,
 `fc2:input=int8-g128`, `*.layers.0.*=int8-g128` all do what they say. Of two pins that match a
-site, the later one holds.
+site, the later one holds; one of which nothing is left contradicts the later ones and is refused.
 """
 
 import difflib
@@ -55,13 +55,13 @@ def apply_pins(sites: Sequence[Described], pins: Sequence[str]) -> dict[str, Pin
     """Return the pin of each pinned site.
 
     Raises PlanError for a pin that matches nothing (with near misses), whose format does not
-    apply to a site it matches, or that leaves linears which must share a format apart.
+    apply to a site it matches, that later pins leave nothing of, or that leaves linears which must
+    share a format apart.
     """
     pinned: dict[str, Pin] = {}
-    for pin in map(parse_pin, pins):
-        matched = [s for s in sites if any(fnmatchcase(n, pin.glob) for n in spellings(s))]
-        if not matched:
-            raise PlanError(f"--pin {str(pin)!r} matches no site{_near(pin.glob, sites)}")
+    parsed = [parse_pin(text) for text in pins]
+    reach = [[sites[i] for i in matching(p.glob, sites, f"--pin {str(p)!r}")] for p in parsed]
+    for pin, matched in zip(parsed, reach, strict=True):
         for site in matched:
             if not pin.format.applies_to(site.operand):
                 raise PlanError(
@@ -69,17 +69,31 @@ def apply_pins(sites: Sequence[Described], pins: Sequence[str]) -> dict[str, Pin
                     f"end the glob in the other operand, or take another format"
                 )
             pinned[site.site] = pin
+    for pin, matched in zip(parsed, reach, strict=True):
+        holds = {pinned[site.site] for site in matched}
+        if all(other.format != pin.format for other in holds):
+            raise PlanError(
+                f"--pin {str(pin)!r} has no effect: {', '.join(sorted(map(str, holds)))} after it "
+                "fixes all its sites; drop one, or put the narrower glob last"
+            )
     _check_fused(sites, pinned)
     return pinned
 
 
-def spellings(site: Described) -> tuple[str, ...]:
-    """Return the names of a site that a glob is compared with."""
+def matching(glob: str, sites: Sequence[Described], option: str) -> list[int]:
+    """Return the indices of the sites that a glob matches; raise PlanError where there is none."""
+    found = [i for i, s in enumerate(sites) if any(fnmatchcase(n, glob) for n in _names(s))]
+    if not found:
+        raise PlanError(f"{option} matches no site{_near(glob, sites)}")
+    return found
+
+
+def _names(site: Described) -> tuple[str, ...]:
     return site.site, site.module, site.role, f"{site.role}:{site.operand}"
 
 
 def _near(glob: str, sites: Sequence[Described]) -> str:
-    known = dict.fromkeys(name for site in sites for name in spellings(site))
+    known = dict.fromkeys(name for site in sites for name in _names(site))
     if near := difflib.get_close_matches(glob, known, n=3, cutoff=0.5):
         return f": did you mean {' or '.join(near)}?"
     roles = ", ".join(dict.fromkeys(site.role for site in sites))

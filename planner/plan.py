@@ -8,11 +8,12 @@ a plan names every site of its checkpoint and `check_sites` can tell when the ch
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format, parse_format
-from bitplan.rundir import SCHEMA_VERSION, RunDir, content_hash
+from bitplan.rundir import SCHEMA_VERSION, RunDir, content_hash, read_json
 from bitplan.sites import Site
 
 PLAN_FILE = "plan.json"
@@ -49,9 +50,11 @@ class SiteChoice:
     method: str | None
     relative_error: float | None
     forced: str | None
-    """What left no choice: `role`, `pin`, `rule`, `budget`; null where the planner chose."""
+    """What left no choice: `role`, `pin`, `rule`, `share`, `budget`; null: the planner chose."""
     next_best: NextBest | None
     reason: str
+    kurtosis_misleads: bool = False
+    """A high kurtosis on an input that does not suffer; see reasons.py."""
 
     @property
     def operand(self) -> str:
@@ -117,9 +120,12 @@ class Plan:
     """(objective - proven lower bound) / objective; null for a rule."""
     formats: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     per_role: bool = False
     quantizers: Mapping[str, str] = field(default_factory=dict)
     """Site to quantizer, where training is not to take the default (quantizers.py)."""
+    advice: Mapping[str, Any] | None = None
+    """The scaling law's forecast and where the next bit should go; null without --tokens."""
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -146,8 +152,10 @@ class Plan:
             "optimality_gap": self.optimality_gap,
             "formats": list(self.formats),
             "pins": list(self.pins),
+            "shares": list(self.shares),
             "per_role": self.per_role,
             "quantizers": dict(self.quantizers),
+            "advice": None if self.advice is None else dict(self.advice),
             "notes": list(self.notes),
             "sites": {choice.site: choice.as_json() for choice in self.sites},
             "provenance": dict(self.provenance),
@@ -163,7 +171,8 @@ class Plan:
                     f"{SCHEMA_VERSION}: plan again"
                 )
             keys = {f.name for f in fields(cls)} - {"sites", "predicted", "measured"}
-            plain = {key: _frozen(value[key]) for key in sorted(keys)}
+            # What a plan of an earlier version does not know of, it does not have.
+            plain = {key: _frozen(value[key]) for key in sorted(keys) if key in value}
             plan = cls(
                 sites=tuple(_choice(site, entry) for site, entry in value["sites"].items()),
                 predicted=Predicted(**value["predicted"]),
@@ -192,6 +201,11 @@ class Plan:
                 f"the plan was made for another checkpoint: {' and '.join(problems)}; "
                 "profile this checkpoint and plan again"
             )
+
+
+def load_plan(path: Path) -> Plan:
+    """Read the plan of a run directory or of a plan.json; raise what read_plan raises."""
+    return read_plan(RunDir.open(path)) if path.is_dir() else Plan.from_json(read_json(path))
 
 
 def read_plan(run: RunDir) -> Plan:

@@ -2,7 +2,8 @@
 
 Axes: site [S], format [F] (the candidates, then bf16), linear [L]. A *choice* is an int array [S]
 of format indices. `fixed` holds the format of sites that are not the planner's to decide: pinned
-ones, and those of roles outside PLANNED_ROLES, which stay bf16 and do not count in any average.
+ones, and those of roles outside PLANNED_ROLES, which stay bf16. What is kept at bf16, by role or by
+a pin, does not count in any average.
 `group` [L] names the linears that decide together: fused ones (q/k/v; gate/up), or, one format per
 role, all of a role. Their weights share one format and their inputs share one.
 """
@@ -22,6 +23,7 @@ from bitplan.formats import BF16, Format, Operand, parse_formats
 from bitplan.planner import predict
 from bitplan.planner.pins import Pin, apply_pins
 from bitplan.planner.predict import Floats
+from bitplan.planner.shares import Share, apply_share, parse_share
 from bitplan.sites import OPERANDS, PLANNED_ROLES
 
 Ints = NDArray[np.int64]
@@ -57,7 +59,7 @@ class Problem:
     allowed: Bools
     """[S, F]: the formats the planner may choose for a site that is not fixed."""
     counted: Bools
-    """[S]: whether the site is in the averages."""
+    """[S]: whether the site is in the averages: planned roles and pins, but what is pinned bf16."""
     fixed: Ints
     """[S]: the format index of a fixed site, else UNFIXED."""
     group: Ints
@@ -87,6 +89,8 @@ class Problem:
     """Whether `objective` is a loss, or without sensitivities only an order."""
     notes: tuple[str, ...] = ()
     """What was done to the sensitivities on the way to the predictions."""
+    shares: Mapping[Share, Sequence[int]]
+    """What every choice keeps to, and the sites that each counts."""
 
     @cached_property
     def is_input(self) -> Bools:
@@ -141,17 +145,19 @@ def read_problem(
     formats: Sequence[str],
     pins: Sequence[str] = (),
     per_role: bool = False,
+    shares: Sequence[str] = (),
 ) -> Problem:
     """Build the problem from the tables of a run directory (step 0: the checkpoint).
 
-    Raises PlanError where there is nothing to plan, a pin does not fit, or a candidate format has
-    not been profiled.
+    Raises PlanError where there is nothing to plan, a pin or a share does not fit, the tables are
+    of different checkpoints, or a candidate format was not profiled or has no finite sensitivity.
     """
     rows = profile.filter(pl.col("step") == 0).unique("site", keep="first", maintain_order=True)
     names = [field.name for field in fields(SiteInfo)]
     sites = tuple(SiteInfo(**row) for row in rows.select(names).iter_rows(named=True))
     if not sites:
         raise PlanError("profile.parquet holds no site of a checkpoint (step 0): profile again")
+    _check_same_checkpoint(rows, {"errors": errors, "sensitivity": sensitivity})
     pinned = apply_pins(sites, pins)
     candidates = parse_formats(formats)
     quantized = dict.fromkeys([*candidates, *(pin.format for pin in pinned.values())])
@@ -175,12 +181,28 @@ def read_problem(
         macs=params * _routed(sites, linear, len(linears)),
         **_NOT_YET,
         in_nats=sensitivity is not None,
+        shares={},
     )
+    bare = replace(bare, shares=_shares(bare, shares))
     return replace(bare, **_predictions(bare, errors, sensitivity))
 
 
 _PREDICTED = ("relative_error", "raw", "stderr", "method", "predicted_stderr", "kl", "objective")
 _NOT_YET: dict[str, Any] = dict.fromkeys(_PREDICTED, np.empty((0, 0)))
+
+
+def _check_same_checkpoint(
+    profile: pl.DataFrame, tables: Mapping[str, pl.DataFrame | None]
+) -> None:
+    for name, table in tables.items():
+        if table is None:
+            continue
+        unknown = table.filter(~pl.col("site").is_in(profile["site"].implode()))["site"].unique()
+        if len(unknown):
+            raise PlanError(
+                f"{name}.parquet has {len(unknown)} sites that profile.parquet lacks "
+                f"({unknown.sort()[0]}, ...): it is of another checkpoint; profile again"
+            )
 
 
 def _decides(site: SiteInfo, per_role: bool) -> str:
@@ -198,16 +220,27 @@ def _status(
     fixed = np.where(counted, UNFIXED, len(columns) - 1)
     for i, site in enumerate(sites):
         if pin := pinned.get(site.site):
-            counted[i] |= pin.format.is_quantized
+            counted[i] = pin.format.is_quantized
             fixed[i] = columns.index(pin.format)
     if not counted.any():
         roles = Counter(s.role for s in sites)
         found = ", ".join(f"{count} of role {role}" for role, count in roles.items())
         raise PlanError(
-            f"nothing to plan: no site has a role of {', '.join(PLANNED_ROLES)}; found {found}; "
-            "include some with --pin ROLE=FORMAT"
+            f"nothing to plan: no site has a role of {', '.join(PLANNED_ROLES)} and is not pinned "
+            f"to bf16; found {found}; include some with --pin ROLE=FORMAT"
         )
     return counted, fixed
+
+
+def _shares(problem: Problem, texts: Sequence[str]) -> dict[Share, list[int]]:
+    """Return the shares and the sites that each counts."""
+    names = np.array([str(f) for f in problem.formats])
+    fixed = np.arange(len(names)) == problem.fixed[:, None]
+    able = np.where((problem.fixed != UNFIXED)[:, None], fixed, problem.allowed)
+    open_to = [set(names[row].tolist()) for row in able]
+    counted = problem.counted.tolist()
+    parsed = dict.fromkeys(map(parse_share, texts))
+    return {share: apply_share(share, problem.sites, counted, open_to) for share in parsed}
 
 
 def _allowed(
@@ -245,6 +278,7 @@ def _predictions(
     names, columns = [s.site for s in problem.sites], problem.formats
     relative = predict.pivot(errors.filter(pl.col("step") == 0), "relative_error", names, columns)
     relative[:, -1] = 0.0
+    needed = _needed(problem)
     raw = np.full_like(relative, np.nan)
     stderr, method = raw.copy(), np.full(raw.shape, None, dtype=object)
     predicted_stderr, kl, notes = raw.copy(), raw.copy(), tuple[str, ...]()
@@ -252,6 +286,7 @@ def _predictions(
         objective = predict.denoise(relative, columns) * problem.weight_in_average[:, None]
     else:
         best = predict.best_method(sensitivity)
+        _check_finite(best, names, columns, needed)
         raw = predict.pivot(best, "delta_loss", names, columns)
         stderr = predict.pivot(best, "stderr", names, columns)
         method = predict.pivot_methods(best, names, columns)
@@ -263,14 +298,15 @@ def _predictions(
             table[:, -1] = 0.0
             table[idle] = np.nan_to_num(table[idle], nan=0.0)
         objective = predict.denoise(loss, columns)
-    needed = _needed(problem)
     if (lacks := needed & np.isnan(objective)).any():
         what = "relative error" if sensitivity is None else "sensitivity"
         formats = ",".join(str(columns[f]) for f in np.flatnonzero(lacks.any(axis=0)))
         rows = np.flatnonzero(lacks.any(axis=1))
+        known = ", ".join(errors["format"].unique(maintain_order=True))
         raise PlanError(
             f"the profile has no {what} for {formats} at {len(rows)} of {len(names)} sites "
-            f"({names[rows[0]]}, ...): profile again with --formats {formats} among them"
+            f"({names[rows[0]]}, ...); it has {known}: profile again with --formats {formats} "
+            "among them"
         )
     return {
         "relative_error": relative,
@@ -282,6 +318,23 @@ def _predictions(
         "notes": notes,
         "objective": np.where(needed, objective, 0.0),
     }
+
+
+def _check_finite(
+    best: pl.DataFrame, names: Sequence[str], columns: Sequence[Format], needed: Bools
+) -> None:
+    """Raise PlanError where a sensitivity that some choice may use is NaN or infinite."""
+    row = {name: i for i, name in enumerate(names)}
+    column = {str(f): i for i, f in enumerate(columns)}
+    wrong = best.filter(~pl.col("delta_loss").is_finite()).select("site", "format", "method")
+    found = [r for r in wrong.rows() if r[1] in column and needed[row[r[0]], column[r[1]]]]
+    if found:
+        site, name, method = found[0]
+        raise PlanError(
+            f"sensitivity.parquet holds {len(found)} values that are no finite numbers (first: "
+            f"{site} at {name}, {method}): profile again, with other --data or --device, or pin "
+            "these sites to bf16"
+        )
 
 
 def _needed(problem: Problem) -> Bools:

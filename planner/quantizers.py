@@ -13,11 +13,10 @@ is in qat/quantizers.py.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format, Operand
-from bitplan.planner.pins import Described, spellings
+from bitplan.planner.pins import Described, matching
 
 ABSMAX = "absmax"
 COARSE = 256
@@ -65,22 +64,14 @@ def named_quantizers(sites: Iterable[Described], texts: Sequence[str]) -> dict[s
     """Return the quantizer of each site that `GLOB=NAME` texts name; of two, the later holds.
 
     A glob takes the sites of the operands that its quantizer is for, so `fc2=lac` means inputs.
-    Raises PlanError for a text that names none.
+    Raises PlanError for a text that names none, or splits what is one tensor.
     """
     found: dict[str, str] = {}
     listed = list(sites)
     for text in texts:
         glob, quantizer = parse_quantizer(text)
-        matched = [
-            site.site
-            for site in listed
-            if site.operand in quantizer.operands
-            and any(fnmatchcase(name, glob) for name in spellings(site))
-        ]
-        if not matched:
-            raise PlanError(
-                f"--quantizer {text!r} matches no {' or '.join(quantizer.operands)} of this run"
-            )
+        fitting = [site for site in listed if site.operand in quantizer.operands]
+        matched = [fitting[i].site for i in matching(glob, fitting, f"--quantizer {text!r}")]
         found |= dict.fromkeys(matched, quantizer.name)
     _check_shared(listed, found)
     return found

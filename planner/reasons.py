@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitplan.planner.budgets import Limit, held, objective
+from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost
 from bitplan.planner.plan import NextBest, SiteChoice
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
@@ -23,7 +23,7 @@ TOP_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tables:
+class Decisions:
     """Sums over the sites that decide together: [group, operand, F]."""
 
     objective: Floats
@@ -31,6 +31,8 @@ class _Tables:
     allowed: Bools
     possible: Bools
     """Whether the limits leave room for the format if everything else is as cheap as can be."""
+    shared: Bools
+    """The same of the shares."""
     members: dict[tuple[int, int], list[int]]
 
 
@@ -38,7 +40,7 @@ def explain(
     problem: Problem, choice: Ints, limits: Sequence[Limit], rule: str | None = None
 ) -> tuple[SiteChoice, ...]:
     """Return the entry of every site for a choice [S] that was made under the limits."""
-    tables = _tables(problem, limits)
+    tables = decisions(problem, limits)
     misleads = misleading_kurtosis(problem)
     return tuple(
         _explain_site(problem, choice, tables, i, rule, bool(misleads[i]))
@@ -66,7 +68,8 @@ def misleading_kurtosis(problem: Problem) -> Bools:
     return out
 
 
-def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
+def decisions(problem: Problem, limits: Sequence[Limit] = ()) -> Decisions:
+    """Return what the formats of each decision cost, and which of them the limits leave."""
     groups, formats = int(problem.group.max()) + 1, len(problem.formats)
     where = (problem.group[problem.linear], problem.is_input.astype(int))
 
@@ -80,28 +83,32 @@ def _tables(problem: Problem, limits: Sequence[Limit]) -> _Tables:
     np.logical_and.at(
         allowed, (where[0][undecided], where[1][undecided]), problem.allowed[undecided]
     )
-    possible = allowed.copy()
-    for limit in limits:
-        cost = limit.cost(problem)
-        if cost.pair is None:
-            table = np.where(allowed, add_up(cost.site), np.inf)
-            least = table.min(axis=2, keepdims=True)
-            room = limit.value * (1 + SLACK) - float(least.sum())
-            possible &= table - least <= max(room, 0.0) + SLACK * abs(limit.value)
+
+    def leave(bounds: Sequence[tuple[Cost, float]]) -> Bools:
+        left = allowed.copy()
+        for cost, bound in bounds:
+            if cost.pair is None:
+                table = np.where(allowed, add_up(cost.site), np.inf)
+                least = table.min(axis=2, keepdims=True)
+                room = bound * (1 + SLACK) - float(least.sum())
+                left &= table - least <= max(room, 0.0) + SLACK * abs(bound)
+        return left
+
     members: dict[tuple[int, int], list[int]] = {}
     for i in np.flatnonzero(undecided).tolist():
         members.setdefault((int(where[0][i]), int(where[1][i])), []).append(i)
-    return _Tables(
+    return Decisions(
         objective=add_up(objective(problem).site),
         bits=add_up(problem.weight_in_average[:, None] * problem.bits),
         allowed=allowed,
-        possible=possible,
+        possible=leave([(limit.cost(problem), limit.value) for limit in limits]),
+        shared=leave([(share_cost(problem, s), s.limit) for s in problem.shares]),
         members=members,
     )
 
 
 def _explain_site(
-    problem: Problem, choice: Ints, tables: _Tables, i: int, rule: str | None, misleads: bool
+    problem: Problem, choice: Ints, tables: Decisions, i: int, rule: str | None, misleads: bool
 ) -> SiteChoice:
     site, f = problem.sites[i], int(choice[i])
     format_ = problem.formats[f]
@@ -113,7 +120,9 @@ def _explain_site(
         next_best = _next_best(problem, tables, key, f)
         if rule is not None:
             forced = "rule"
-        elif tables.possible[key].sum() == 1:
+        elif tables.shared[key].sum() == 1:
+            forced = "share"
+        elif (tables.possible & tables.shared)[key].sum() == 1:
             forced = "budget"
     together = [problem.sites[j].module for j in tables.members.get(key, ()) if j != i]
     return SiteChoice(
@@ -130,11 +139,14 @@ def _explain_site(
         relative_error=_number(problem.relative_error[i, f]),
         forced=forced,
         next_best=next_best,
+        kurtosis_misleads=misleads,
         reason="; ".join(_reason(problem, i, f, forced, next_best, together, rule, misleads)),
     )
 
 
-def _next_best(problem: Problem, tables: _Tables, key: tuple[int, int], f: int) -> NextBest | None:
+def _next_best(
+    problem: Problem, tables: Decisions, key: tuple[int, int], f: int
+) -> NextBest | None:
     """Return the cheapest format that predicts less loss; without one, the best cheaper one."""
     value, bits = tables.objective[key], tables.bits[key]
     others = [g for g in np.flatnonzero(tables.allowed[key]).tolist() if g != f]
@@ -167,9 +179,12 @@ def _reason(
         return [f"role {site.role} stays {problem.formats[f]}, outside the averages"]
     parts = []
     if forced == "pin":
-        parts.append(f"pinned by {problem.pins[site.site]}")
+        outside = "" if problem.counted[i] else ", outside the averages"
+        parts.append(f"pinned by {problem.pins[site.site]}{outside}")
     elif forced == "rule":
         parts.append(f"rule {rule}")
+    elif forced == "share":
+        parts.append("the shares leave no other format")
     elif forced == "budget":
         parts.append("the budget leaves no other format")
     parts.append(_sensitivity(problem, i, f))

@@ -3,18 +3,19 @@
 While every cost adds up over sites, the weights of a group of linears and its inputs are two cells,
 with one option per format. A limit on bit operations or time prices the pair: then a group is one
 cell, with one option per pair of formats. Both are exact; the second is larger, so it is used only
-where it is needed.
+where it is needed. The shares of a problem are limits of every search.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitplan.errors import BudgetError
-from bitplan.planner.budgets import Cost, Limit, held, objective
+from bitplan.errors import BudgetError, PlanError
+from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
+from bitplan.planner.shares import Share
 from bitplan.planner.solve import SLACK, Menu, Solution, solve, split
 
 SHOWN_DIGITS = 6
@@ -34,6 +35,7 @@ class Search:
 
     def __init__(self, problem: Problem, target: Cost, costs: Sequence[Cost]) -> None:
         self._problem = problem
+        costs = [*costs, *(share_cost(problem, share) for share in problem.shares)]
         self._joint = any(cost.pair is not None for cost in (target, *costs))
         self._open = _open_cells(problem)
         self._groups = len(self._open)
@@ -57,6 +59,7 @@ class Search:
 
     def solve(self, limits: Sequence[float]) -> Found | None:
         """Return the best choice within the limits of the costs, or None where there is none."""
+        limits = [*limits, *(share.limit for share in self._problem.shares)]
         solutions = [self._part(k, [limits[b] for b in self._parts[k][1]]) for k in self._order]
         options, value, above = [], 0.0, 0.0
         for k, solution in zip(self._order, solutions, strict=True):
@@ -76,7 +79,9 @@ class Search:
             elsewhere = np.ones(len(self._menu.cell), dtype=bool)
             elsewhere[index] = False
             # What pinned cells of other parts use of these limits, as a first cell of one option.
-            used = _least(self._menu.cell[elsewhere], self._menu.costs[np.ix_(rows, elsewhere)])
+            used = _least_costs(
+                self._menu.cell[elsewhere], self._menu.costs[np.ix_(rows, elsewhere)]
+            )
             menu = Menu(
                 cell=np.append(-1, self._menu.cell[index]),
                 objective=np.append(0.0, self._menu.objective[index]),
@@ -86,11 +91,6 @@ class Search:
             found = solve(menu, np.array(limits, dtype=float))
             self._memo[key] = found and replace(found, options=found.options[1:] - 1)
         return self._memo[key]
-
-    @property
-    def least(self) -> float:
-        """The smallest value of the objective when nothing is limited."""
-        return float(_least(self._cell, self._menu.objective[None])[0])
 
     def _allowed(self) -> Bools:
         """Return [cell, option]; a cell without a site to decide keeps its first option."""
@@ -124,7 +124,7 @@ class Search:
         return np.where(p.fixed == UNFIXED, mine, p.fixed)
 
 
-def _least(cell: Ints, costs: Floats) -> Floats:
+def _least_costs(cell: Ints, costs: Floats) -> Floats:
     """Return the sum over cells of the least cost of each, [B]; costs: [B, V], cells ascending."""
     if len(cell) == 0:
         return np.zeros(len(costs))
@@ -152,7 +152,8 @@ def _open_cells(problem: Problem) -> Bools:
 def best(problem: Problem, limits: Sequence[Limit], target: Cost | None = None) -> Found:
     """Return the choice of least predicted loss (or `target`) within the limits.
 
-    Raises BudgetError where no choice keeps to them, with the smallest value that one does.
+    Raises BudgetError where no choice keeps to them, with the smallest values that one does, and
+    PlanError where none keeps to the shares.
     """
     costs = [limit.cost(problem) for limit in limits]
     target = target or objective(problem)
@@ -162,24 +163,90 @@ def best(problem: Problem, limits: Sequence[Limit], target: Cost | None = None) 
     return found
 
 
-def _too_small(problem: Problem, limits: Sequence[Limit], costs: Sequence[Cost]) -> BudgetError:
-    """Say which limit cannot be met, and the smallest value of it that can."""
-    for i, limit in enumerate(limits):
-        if Search(problem, costs[i], []).least > limit.value * (1 + SLACK):
-            break
-    others = [j for j in range(len(limits)) if j != i]
-    joint = Search(problem, costs[i], [costs[j] for j in others]).solve(
-        [limits[j].value for j in others]
-    )
-    alone = Search(problem, costs[i], []).least
-    smallest = joint.value if joint else alone
-    clash = smallest > alone * (1 + SLACK)
-    beside = f" beside {', '.join(str(limits[j]) for j in others)}" if clash else ""
+def _too_small(problem: Problem, limits: Sequence[Limit], costs: Sequence[Cost]) -> PlanError:
+    """Say what cannot be met, and the nearest that can: the smallest limits that hold together."""
+    if clash := _clashing_shares(problem):
+        return clash
+    alone = [_least(replace(problem, shares={}), cost) for cost in costs]
+    # What can be met alone is kept, so that what cannot is raised by as much as it needs.
+    order = sorted(range(len(limits)), key=lambda i: _beyond(alone[i], limits[i]))
+    met: dict[int, float] = {}
+    raised: dict[int, str] = {}
+    for i in order:
+        found = Search(problem, costs[i], [costs[j] for j in met]).solve(list(met.values()))
+        assert found is not None
+        met[i] = limits[i].value
+        if _beyond(found.value, limits[i]):
+            raised[i] = round_up(found.value)
+            met[i] = float(raised[i])
+            smallest = found.value
+    first = next(iter(raised))
+    if len(raised) == 1:
+        others = {str(limits[j]): (costs[j], met[j]) for j in met if j != first}
+        kept = _in_the_way(problem, costs[first], others, smallest)
+        clashes = kept and smallest > alone[first] * (1 + SLACK)
+        return BudgetError(
+            f"no plan meets {limits[first]}{' beside ' + ', '.join(kept) if clashes else ''}: the "
+            f"smallest that can be met is {raised[first]} {limits[first].budget.unit}; raise it, "
+            "or allow smaller --formats",
+            smallest=smallest,
+        )
+    asked = " and ".join(str(limits[i]) for i in raised)
+    nearest = " and ".join(f"{limits[i].budget.name} <= {text}" for i, text in raised.items())
     return BudgetError(
-        f"no plan meets {limit}{beside}: the smallest that can be met is "
-        f"{round_up(smallest)} {limit.budget.unit}; raise it, or allow smaller --formats",
-        smallest=smallest,
+        f"no plan meets {asked}: the smallest that can be met together is {nearest}; raise them, "
+        "or allow smaller --formats",
+        smallest=float(raised[first]),
     )
+
+
+def _in_the_way(
+    problem: Problem, cost: Cost, others: Mapping[str, tuple[Cost, float]], smallest: float
+) -> list[str]:
+    """Name the limits and shares without which a cost could be smaller; all, if no one alone is."""
+    shares = {_option(share): share for share in problem.shares}
+    named = []
+    for name in (*others, *shares):
+        left = [limit for other, limit in others.items() if other != name]
+        fewer = {s: sites for s, sites in problem.shares.items() if s is not shares.get(name)}
+        search = Search(replace(problem, shares=fewer), cost, [each for each, _ in left])
+        found = search.solve([value for _, value in left])
+        assert found is not None
+        if found.value < smallest * (1 - SLACK):
+            named.append(name)
+    return named or [*others, *shares]
+
+
+def _beyond(value: float, limit: Limit) -> bool:
+    return value > limit.value * (1 + SLACK)
+
+
+def _least(problem: Problem, cost: Cost) -> float:
+    """Return the smallest value of a cost that a choice within the shares has."""
+    found = Search(problem, cost, []).solve([])
+    assert found is not None
+    return found.value
+
+
+def _clashing_shares(problem: Problem) -> PlanError | None:
+    """Return the error for the first share that pins or the shares before it rule out, or None."""
+    before: dict[Share, Sequence[int]] = {}
+    for share, sites in problem.shares.items():
+        one = replace(problem, shares={share: sites})
+        against = _least(replace(problem, shares=before), share_cost(one, share))
+        if against > share.limit + SLACK:
+            beside = f" beside {', '.join(map(_option, before))}" if before else ""
+            word, nearest = ("smallest", against) if share.is_most else ("largest", 1 - against)
+            return PlanError(
+                f"{_option(share)} cannot be met{beside}: with the pins and the linears that "
+                f"decide together, the {word} share that can is {nearest:.4g}"
+            )
+        before[share] = sites
+    return None
+
+
+def _option(share: Share) -> str:
+    return f"--share {str(share)!r}"
 
 
 def round_up(value: float) -> str:

@@ -6,14 +6,15 @@ so it is given a core of them: the linear relaxation yields prices of the limits
 the Lagrangian bounds the optimum from below, and the *reduced cost* of an option says how
 far above that bound every solution that uses it must lie. HiGHS solves over the options of small
 reduced cost; if what it finds lies no further above the bound than the smallest reduced cost left
-out, nothing left out can be better, and the optimum is proven. Otherwise the core grows. With one
+out, nothing left out can be better, and the optimum is proven. Otherwise how far it lies above the
+bound is the reduced cost up to which the next core must reach, and that one proves it. With one
 limit, states.py lists all solutions that near to the bound itself, which is faster.
 
 Ties: an option that another one of its cell equals or beats in objective, costs and tie-break
 (fewer bits) is dropped first. HiGHS is deterministic.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ SLACK = 1e-9
 """Relative: a limit is met up to rounding."""
 PROVEN = 1e-9
 """Relative: a smaller gap is the solver's rounding."""
-CORE = 150
+CORE = 100
 """Options beyond one per cell in the first core."""
 GROWTH = 4
 SMALL = 600
@@ -43,6 +44,8 @@ OBJECTIVE_SCALE = 1e3
 INFEASIBLE = 2
 HIGHEST_PRICE = 1e15
 BISECTIONS = 50
+ROUNDING = 1e-7
+"""Relative: room for the solver's tolerances around a value that a solution has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,21 +213,39 @@ def _search(problem: _Scaled) -> tuple[Ints, float] | None:
         if options is not None:
             return options, 0.0
     relaxed = _relax(problem)
-    if relaxed is None:
-        return None
-    reduced, bound = relaxed
-    sizes = np.sort(reduced)
-    cells = len(np.unique(problem.cell))
-    size = cells + CORE
+    return None if relaxed is None else _by_core(problem, *relaxed)
+
+
+def _by_core(
+    problem: _Scaled, reduced: Floats, bound: float, prices: Floats
+) -> tuple[Ints, float] | None:
+    """Return what `_search` returns: a core that contains a solution tells the one to prove it."""
+    count, cells = len(problem.cell), len(np.unique(problem.cell))
+    sizes, size = np.sort(reduced), cells + CORE
     while True:
-        threshold = sizes[size - 1] if size < count else np.inf
+        threshold = float(sizes[size - 1]) if size < count else np.inf
         keep = reduced <= threshold
         found = _milp(problem.take(keep))
         if found is not None and found[1] - bound <= threshold:
             return np.flatnonzero(keep)[found[0]], found[2]
+        if found is not None:
+            break
         if size >= count:
             return None
         size = min(count, cells + GROWTH * (size - cells))
+    above = (found[1] - bound) * (1 + ROUNDING)
+    keep = reduced <= above
+    core = problem.take(keep)
+    # Nothing better uses more reduced cost in all, or leaves more of a limit than its price pays.
+    least = core.limits - above / np.maximum(prices, ROUNDING)
+    core = replace(
+        core,
+        costs=np.vstack([core.costs, reduced[keep]]),
+        limits=np.append(core.limits, above),
+    )
+    proven = _milp(core, np.append(least, -np.inf))
+    assert proven is not None, "the solution of the smaller core is one of the larger"
+    return np.flatnonzero(keep)[proven[0]], proven[2]
 
 
 def _price(problem: _Scaled) -> tuple[Floats, float]:
@@ -254,8 +275,8 @@ def _price(problem: _Scaled) -> tuple[Floats, float]:
     return reduced(high), high
 
 
-def _relax(problem: _Scaled) -> tuple[Floats, float] | None:
-    """Return the reduced costs [V] and the Lagrangian bound at the relaxation's prices."""
+def _relax(problem: _Scaled) -> tuple[Floats, float, Floats] | None:
+    """Return the reduced costs [V], the Lagrangian bound, and the relaxation's prices [B]."""
     # Sparse, which the type stubs of linprog do not know.
     choose: Any = problem.choose_one
     result = linprog(
@@ -276,15 +297,18 @@ def _relax(problem: _Scaled) -> tuple[Floats, float] | None:
     priced = problem.objective + prices @ problem.costs
     _, start, of = np.unique(problem.cell, return_index=True, return_inverse=True)
     least = np.minimum.reduceat(priced, start)
-    return priced - least[of], float(least.sum() - prices @ problem.limits)
+    return priced - least[of], float(least.sum() - prices @ problem.limits), prices
 
 
-def _milp(problem: _Scaled) -> tuple[Ints, float, float] | None:
-    """Return HiGHS's options, their objective, and how far it is from HiGHS's bound."""
+def _milp(problem: _Scaled, least: Floats | float = -np.inf) -> tuple[Ints, float, float] | None:
+    """Return HiGHS's options, their objective, and how far it is from HiGHS's bound.
+
+    `least` [B]: what is known of how much of each limit the optimum uses.
+    """
     count = len(problem.cell)
     constraints = [LinearConstraint(problem.choose_one, 1, 1)]
     if len(problem.limits):
-        constraints.append(LinearConstraint(problem.costs, -np.inf, problem.limits))
+        constraints.append(LinearConstraint(problem.costs, least, problem.limits))
     with quiet_stdout():
         result = milp(
             problem.objective,

@@ -7,7 +7,7 @@ that no budget restrains keeps the default limit: weights what rule `uniform` us
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import numpy as np
 import polars as pl
 
 from bitplan.errors import PlanError, RunError
-from bitplan.formats import Operand
+from bitplan.forecast import check_values
+from bitplan.formats import Operand, parse_formats
 from bitplan.options import PlanOptions
+from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
 from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
@@ -30,7 +32,7 @@ from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
 from bitplan.planner.text import plan_text
 from bitplan.planner.trained import Trained, read_trained
-from bitplan.rundir import RunDir, file_hash
+from bitplan.rundir import RunDir, file_hash, provenance_of
 from bitplan.sites import PLANNED_ROLES
 from bitplan.tables import ERRORS, PROFILE, SENSITIVITY, TRAINED
 
@@ -108,6 +110,7 @@ def _plan(
 ) -> tuple[Plan, pl.DataFrame]:
     asked = asked_limits(options)
     _check_combination(options, asked)
+    _check_provenance(directory)
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
     measured = (directory.path / SENSITIVITY.file).is_file()
     problem = read_problem(
@@ -117,8 +120,13 @@ def _plan(
         formats=options.formats,
         pins=options.pins,
         per_role=options.per_role,
+        shares=options.shares,
     )
     _check_inputs(problem, options, asked)
+    law = _outlook(directory, problem, options)
+    factors: dict[str, float] = {}
+    if law is not None:
+        problem, factors = scale_to_law(problem, law)
     limits, notes = _limits(problem, options, asked)
     trained = _trained(directory, problem) if options.converge else None
     choice, gap, said = _choose(problem, options, limits, trained)
@@ -139,14 +147,48 @@ def _plan(
         device=next((limit.device.name for limit in limits if limit.device), None),
         measured=None if checked is None else checked.measured,
         optimality_gap=gap,
-        formats=options.formats,
+        formats=tuple(map(str, parse_formats(options.formats))),
         pins=options.pins,
+        shares=options.shares,
         per_role=options.per_role,
         quantizers=named_quantizers(problem.sites, options.quantizers),
-        notes=(*notes, *said, *_facts(problem, choice, limits), *_weights_note(directory)),
+        advice=None if law is None else advise(problem, choice, law, factors),
+        notes=(*notes, *said, *_facts(problem, choice, limits, factors), *_weights_note(directory)),
         provenance=directory.provenance(),
     )
     return plan, points
+
+
+def _outlook(directory: RunDir, problem: Problem, options: PlanOptions) -> Outlook | None:
+    """Return the scaling law's forecast for --tokens, None without; raise for values of none."""
+    if options.tokens is None:
+        if options.params is not None:
+            raise PlanError(
+                "--params is for the forecast of --tokens: give both, e.g. 100e9 tokens"
+            )
+        return None
+    params = options.params
+    if params is None:
+        params = directory.manifest.get("model", {}).get("num_non_embedding_parameters")
+    if params is None:
+        raise PlanError(f"{directory.path} does not say how many parameters there are: --params N")
+    check_values(params=params, tokens=options.tokens)
+    return outlook(problem, float(params), options.tokens)
+
+
+def _check_provenance(directory: RunDir) -> None:
+    """Raise PlanError where a table says that it was made from another model than the run's."""
+    here = directory.manifest.get("model", {}).get("content_hash")
+    for table in (PROFILE, ERRORS, SENSITIVITY):
+        path = directory.path / table.file
+        if not path.is_file():
+            continue
+        there = provenance_of(path).get("model", {}).get("content_hash")
+        if None not in (here, there) and here != there:
+            raise PlanError(
+                f"{path} was made from another checkpoint (content hash {there[:12]}, this run's "
+                f"is {here[:12]}): profile again"
+            )
 
 
 def _made_by(options: PlanOptions) -> str:
@@ -161,10 +203,17 @@ def _default_first(limits: Sequence[Limit]) -> list[Limit]:
 
 
 def _check_combination(options: PlanOptions, asked: Sequence[Limit]) -> None:
-    if options.rule is not None and (asked or options.converge or options.per_role):
+    if options.rule is not None and (
+        asked or options.converge or options.per_role or options.shares
+    ):
         raise PlanError(
-            f"--rule {options.rule} is a whole plan: drop it, or drop the budgets, --converge and "
-            "--per-role"
+            f"--rule {options.rule} is a whole plan: drop it, or drop the budgets, --converge, "
+            "--share and --per-role"
+        )
+    if options.measure and options.tokens is not None:
+        raise PlanError(
+            "--measure measures the checkpoint as it is, and --tokens plans for what a training "
+            "leaves of it: give one of them"
         )
     pairs = [limit.budget.name for limit in asked if len(limit.budget.operands) > 1]
     if options.converge and pairs:
@@ -271,7 +320,9 @@ def _weights_note(directory: RunDir) -> list[str]:
     return [note] if note else []
 
 
-def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]:
+def _facts(
+    problem: Problem, choice: Ints, limits: Sequence[Limit], factors: Mapping[str, float]
+) -> list[str]:
     """Return what a reader of the plan should know about where its numbers come from."""
     notes = []
     if not problem.has_inputs:
@@ -279,10 +330,12 @@ def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]
     if problem.in_nats:
         used = np.take_along_axis(problem.method, choice[:, None], axis=1)[problem.counted]
         methods = Counter(method for method in used.ravel().tolist() if method)
+        by = ", ".join(f"{kind.replace('_', ' ')} x {x:.3g}" for kind, x in factors.items())
+        scaled = f", brought to the scaling law ({by})" if by else ""
         counts = " and ".join(f"{n} sites by {method}" for method, n in sorted(methods.items()))
         notes.append(
-            f"predictions add up single-site changes of loss ({counts}), shrunk by their noise; "
-            "`--measure` measures the sum, `bitplan verify` trains under it"
+            f"predictions add up single-site changes of loss ({counts}), shrunk by their "
+            f"noise{scaled}; `--measure` measures the sum, `bitplan verify` trains under it"
         )
         notes.extend(problem.notes)
     else:
@@ -290,16 +343,20 @@ def _facts(problem: Problem, choice: Ints, limits: Sequence[Limit]) -> list[str]
             "no sensitivity was profiled: the plan minimizes the relative quantization error "
             "weighted by MACs and parameters, and predicts no loss"
         )
-    stay = dict.fromkeys(
-        s.role for s, c in zip(problem.sites, problem.counted, strict=True) if not c
-    )
-    if stay:
+    outside = [s for s, c in zip(problem.sites, problem.counted, strict=True) if not c]
+    if kept := [s for s in outside if s.role in PLANNED_ROLES]:
+        pins = ", ".join(dict.fromkeys(str(problem.pins[s.site]) for s in kept))
+        notes.append(f"{len(kept)} sites are kept at bf16 by {pins}: outside every average")
+    if stay := dict.fromkeys(s.role for s in outside if s.role not in PLANNED_ROLES):
         notes.append(
             f"{', '.join(stay)}: not among {', '.join(PLANNED_ROLES)}, so bf16 and outside every "
             "average; include one with --pin ROLE=FORMAT"
         )
-    if any(limit.device for limit in limits):
-        notes.append("time counts the planned linears at the published dense rate: a lower bound")
+    for device in [limit.device for limit in limits if limit.device]:
+        notes.append(
+            "time counts the planned linears at the published dense rate: a lower bound; rates: "
+            f"{device.source}"
+        )
     if count := int(misleading_kurtosis(problem).sum()):
         notes.append(f"{count} inputs have high kurtosis but low sensitivity: see their reasons")
     return notes

@@ -4,9 +4,11 @@ Rows are role and operand, columns blocks; the cheapest format is a dot, so that
 stands out. At most WIDTH characters wide for up to 80 blocks; more blocks wrap.
 """
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
+from typing import Any
 
 import polars as pl
 
@@ -26,6 +28,7 @@ def plan_text(plan: Plan, frontier: pl.DataFrame) -> str:
         _headline(plan),
         "\n".join(_map(plan)),
         "\n".join(_totals(plan, frontier)),
+        "" if plan.advice is None else "\n".join(_advice(plan.advice)),
         "\n".join(fill(f"note: {note}", WIDTH, subsequent_indent="      ") for note in plan.notes),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -35,7 +38,8 @@ def _headline(plan: Plan) -> str:
     budget = ", ".join(f"{name} <= {value:.6g}" for name, value in plan.budget.items())
     device = f" on {plan.device}" if plan.device else ""
     gap = "" if plan.optimality_gap is None else f"; optimality gap {plan.optimality_gap:.2g}"
-    limits = f" under {budget}{device}" if budget else ""
+    shares = "".join(f", share {share}" for share in plan.shares)
+    limits = f" under {budget}{device}{shares}" if budget else ""
     return fill(f"plan {plan.plan_id}: {plan.made_by}{limits}{gap}", WIDTH, subsequent_indent="  ")
 
 
@@ -63,7 +67,7 @@ def _map(plan: Plan) -> Iterator[str]:
             count = sum(len(row.get(b, [])) for b in shown)
             yield f"{role + ':' + operand:<{LABEL}}{text}  {raised} of {count}"
     used = Counter(c.format for row in cells.values() for cell in row.values() for c in cell)
-    by_bits = sorted(used.items(), key=lambda item: (item[0].bits, item[0].name))
+    by_bits = sorted(used.items(), key=lambda item: _by_price(item[0]))
     legend = [f"{glyph[f]} {f} ({n} sites)" for f, n in by_bits]
     if any(_mixed(cell) for row in cells.values() for cell in row.values()):
         legend.append(f"{MIXED} several")
@@ -103,14 +107,25 @@ def _row_order(row: tuple[str, str]) -> tuple[int, str]:
 
 def _glyphs(plan: Plan) -> Mapping[Format, str]:
     """Return one character per format: a dot for the lowest, else its bits, else a letter."""
-    used = sorted({c.format for c in plan.sites if c.planned}, key=lambda f: (f.bits, f.name))
+    used = sorted({c.format for c in plan.sites if c.planned}, key=_by_price)
     lowest = min((f.bits for f in used), default=0)
     letters = iter(LETTERS)
     glyphs: dict[Format, str] = {}
     for f in used:
         first = "." if f.bits == lowest else "F" if f.bits == 16 else str(f.bits)
-        glyphs[f] = next(letters) if first in glyphs.values() else first
+        # A whole row is a token of an input and a channel of a weight: two names, one mark.
+        twins = [glyphs[g] for g in glyphs if f.group_size is None and _row_of(g) == _row_of(f)]
+        glyphs[f] = twins[0] if twins else next(letters) if first in glyphs.values() else first
     return glyphs
+
+
+def _by_price(f: Format) -> tuple[int, int, str]:
+    """Order formats by bits, then from the longest group to the shortest."""
+    return f.bits, -(f.group_size or sys.maxsize), f.name
+
+
+def _row_of(f: Format) -> tuple[str, int, bool]:
+    return f.kind, f.bits, f.granularity in ("token", "channel")
 
 
 def _mixed(cell: Sequence[SiteChoice]) -> bool:
@@ -164,6 +179,34 @@ def _totals(plan: Plan, frontier: pl.DataFrame) -> Iterator[str]:
 
 def _plus_minus(stderr: float | None) -> str:
     return "" if stderr is None else f" +- {stderr:.5f}"
+
+
+def _advice(a: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the scaling law says, and where the next bit should go."""
+    yield fill(
+        f"law: {a['params']:.4g} parameters and {a['tokens']:.4g} tokens, 4 bits, QAT from scratch "
+        f"({a['source']}):",
+        WIDTH,
+    )
+    yield f"{'':<{LABEL}}{'weights':>9}{'inputs':>9}{'R':>8}{'R = 1 at':>12}"
+    for label, key in (("all inputs at 4", ""), ("FC2 inputs at 8", "_fc2_at_8")):
+        yield (
+            f"{label:<{LABEL}}{a['delta_weights']:9.4f}{a['delta_inputs' + key]:9.4f}"
+            f"{a['R' + key]:8.2f}{a['crossover_tokens' + key]:12.2g} tokens"
+        )
+    yield fill(f"next bit: {a['next_bit']}{_why(a)}", WIDTH, subsequent_indent="  ")
+    for text in a["extrapolates"]:
+        yield fill(f"extrapolation: {text}", WIDTH, subsequent_indent="  ")
+
+
+def _why(a: Mapping[str, Any]) -> str:
+    inputs, weights = a["saves_per_input_bit"], a["saves_per_weight_bit"]
+    if inputs is None or weights is None:
+        return f" (the forecast R is {'above' if a['R'] > 1 else 'not above'} 1)"
+    return (
+        f"; after this plan the best step saves {inputs:.2g} nats per average input bit and "
+        f"{weights:.2g} per average weight bit"
+    )
 
 
 def _fixed(value: float | None) -> str:

@@ -340,7 +340,7 @@ def _result(target: RunDir, *, up_to_date: bool) -> ProfileResult:
         errors=tables[ERRORS.file],
         sensitivity=tables.get(SENSITIVITY.file),
         outliers=tables.get(OUTLIERS.file),
-        formats=tuple(entry["options"]["formats"]),
+        formats=tuple(map(str, parse_formats(entry["options"]["formats"]))),
         files=tuple(entry["files"]),
         notes=tuple(target.manifest.get("notes", ())),
     )

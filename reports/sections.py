@@ -188,6 +188,7 @@ def plan(run: Run, name: str) -> Markup:
         title,
         lead,
         el("p", words.plan(sites), class_="takeaway"),
+        None if (said := words.advice(run.plan)) is None else el("p", said, class_="takeaway"),
         el("div", maps, class_=_layout(_fit_beside(inside["block"]))),
         *tables,
         el("ul", [el("li", note) for note in run.plan.get("notes") or ()], class_="notes"),

@@ -14,6 +14,7 @@ from bitplan.reports import summary
 from bitplan.reports.numbers import (
     NATS_DIGITS,
     RATIO_DIGITS,
+    count,
     estimate,
     interval,
     number,
@@ -128,6 +129,21 @@ def sensitivity(points: pl.DataFrame) -> str:
 def _place(row: Mapping[str, Any]) -> str:
     where = "" if row["block"] is None else f" in block {row['block']}"
     return f"{role_name(row['role'])}{where}"
+
+
+def advice(plan: Mapping[str, Any]) -> str | None:
+    """Say what the scaling law forecasts and where the next bit goes; None where not asked."""
+    law = plan.get("advice")
+    if not law:
+        return None
+    outside = "; N, D or G lie outside what it was fitted on" if law["extrapolates"] else ""
+    return (
+        f"For {count(law['params'])} parameters and {count(law['tokens'])} training tokens the "
+        f"scaling law ({law['source']}) forecasts {law['delta_weights']:.{NATS_DIGITS}f} nats from "
+        f"4-bit weights and {law['delta_inputs']:.{NATS_DIGITS}f} from 4-bit inputs, R "
+        f"{law['R']:.{RATIO_DIGITS}f}, and R {law['R_fc2_at_8']:.{RATIO_DIGITS}f} with FC2 inputs "
+        f"at 8 bits{outside}: the next bit should go to the {law['next_bit']}."
+    )
 
 
 def plan(sites: pl.DataFrame) -> str:

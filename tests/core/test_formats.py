@@ -70,3 +70,14 @@ def test_lists_keep_their_order_and_drop_repeats() -> None:
     ]
     with pytest.raises(FormatError):
         parse_formats([])
+
+
+def test_a_star_stands_for_every_group_size() -> None:
+    spelled = "int4-g32 int4-g64 int4-g128 int4-g256 int4-token int4-channel"
+    assert [str(f) for f in parse_formats(["int4-g*"])] == spelled.split()
+    mixed = [str(f) for f in parse_formats(["int4-g64", " int4-g* ", "int8-g128"])]
+    assert mixed[0] == "int4-g64"
+    assert len(mixed) == 7
+    for wrong in ("int4-g*8", "int9-g*", "nvfp4-g*", "-g*"):
+        with pytest.raises(FormatError, match="unknown format"):
+            parse_formats([wrong])

@@ -238,3 +238,20 @@ def test_budgets_that_clash_report_the_smallest_beside_the_others(
         best(problem, [short, fast])
     # With MXFP4 inputs the product runs at the bf16 rate, whatever the weights are.
     assert caught.value.smallest == pytest.approx(2 * macs * 4096 / 312e12 * 1e3)
+
+
+def test_several_infeasible_budgets_report_values_that_hold_together(
+    tables: Callable[..., Any],
+) -> None:
+    formats = ("int4-g128", "int8-g128")
+    made = tables(1, keep=("q_proj", "k_proj", "down_proj"))
+    problem = read_problem(made.profile, made.errors, made.sensitivity, formats=formats)
+    asked = {"input_bits": 4.0, "bytes": 10.0, "bit_ops": 1e9}
+    with pytest.raises(
+        BudgetError, match="no plan meets input_bits <= 4 and bytes <= 10"
+    ) as caught:
+        best(problem, as_limits(asked))
+    said = str(caught.value).partition("together is ")[2].partition(";")[0]
+    nearest = {name: float(value) for name, _, value in map(str.split, said.split(" and "))}
+    assert set(nearest) == {"input_bits", "bytes"}
+    assert best(problem, as_limits({**asked, **nearest})).value >= 0

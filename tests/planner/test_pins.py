@@ -48,10 +48,13 @@ def test_outside_roles_count_once_they_are_pinned_to_a_quantized_format(
         index = [s.site for s in made.sites].index(head)
         assert bool(made.counted[index]) is counted
         assert made.fixed[index] != UNFIXED
-    # A planned site pinned to bf16 is the plan's choice and stays in the average.
-    made = problem(tables, "fc2=bf16")
-    index = [s.site for s in made.sites].index("model.layers.0.mlp.down_proj:input")
-    assert made.counted[index]
+    # Pinned to bf16, a site of a planned role is kept out of the plan and of every average.
+    made = problem(tables, "fc2:input=bf16")
+    for operand, counted in (("input", False), ("weight", True)):
+        index = [s.site for s in made.sites].index(f"model.layers.0.mlp.down_proj:{operand}")
+        assert bool(made.counted[index]) is counted
+    with pytest.raises(PlanError, match="nothing to plan"):
+        problem(tables, *(f"{role}=bf16" for role in ("qkv", "o", "fc1", "fc2")))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,22 @@ def test_outside_roles_count_once_they_are_pinned_to_a_quantized_format(
 def test_refused(tables: Callable[..., Any], pin: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         problem(tables, pin)
+
+
+@pytest.mark.parametrize(
+    ("pins", "said"),
+    [
+        (("fc2=int8-g128", "fc2=int4-g128"), "'fc2=int8-g128' has no effect: fc2=int4-g128 after"),
+        (("*.0.mlp.down_proj=int8-g128", "fc2=int4-g128"), "narrower glob last"),
+    ],
+)
+def test_pins_that_contradict_each_other_are_refused(
+    tables: Callable[..., Any], pins: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(PlanError, match=said):
+        problem(tables, *pins)
+    # Said twice, or a narrower one after a wider one, is no contradiction.
+    assert pinned(problem(tables, "fc2=int8-g128", "fc2:input=int8-g128", "fc2=int8-g128"))
 
 
 def test_an_unknown_format_is_refused(tables: Callable[..., Any]) -> None:

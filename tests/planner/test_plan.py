@@ -55,6 +55,14 @@ def test_a_damaged_plan_is_refused(plan: Plan, damage: Any) -> None:
         Plan.from_json(value)
 
 
+def test_a_plan_from_before_shares_and_advice_is_read(plan: Plan) -> None:
+    value = json.loads(json.dumps(plan.as_json()))
+    del value["shares"], value["advice"]
+    for entry in value["sites"].values():
+        del entry["kurtosis_misleads"]
+    assert Plan.from_json(value).assignment == plan.assignment
+
+
 def test_check_sites_lists_what_is_missing(plan: Plan) -> None:
     sites = list(plan.assignment)
     plan.check_sites(sites)

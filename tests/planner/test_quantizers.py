@@ -49,8 +49,8 @@ def test_a_plan_names_quantizers_by_glob(tables: Callable[..., Any], tmp_path: P
     [
         ("fc2", "write GLOB=NAME"),
         ("fc2=best", "absmax, lwc, lac, lsq"),
-        ("fc9=lac", "matches no input"),
-        ("fc2:input=lwc", "matches no weight"),
+        ("fc9=lac", "matches no site"),
+        ("fc2:input=lwc", "matches no site"),
         ("*q_proj=lac", "which are one tensor"),
     ],
 )

@@ -10,10 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bitplan.cli import main
-from bitplan.formats import BF16, parse_format
+from bitplan.formats import BF16, parse_format, parse_formats
 from bitplan.options import PlanOptions
 from bitplan.planner.plan import Plan
 from bitplan.planner.stage import PlanResult, make_plan
+from bitplan.rundir import RunDir
+from bitplan.sites import PLANNED_ROLES, Linear, describe
 
 FORMATS = ("int4-g128", "int8-g128")
 
@@ -316,9 +318,14 @@ def test_the_command_prints_text_and_json(run: Path) -> None:
         (("--rule", "fc3"), "unknown rule 'fc3'"),
         (("--rule", "fc2", "--input-bits", "5"), "whole plan"),
         (("--converge", "--bit-ops", "1e9"), "--converge"),
+        (("--measure", "4", "--tokens", "1e9"), "give one of them"),
         (("--pin", "nothing=int8-g128"), "matches no site"),
         (("--formats", "int9"), "unknown format"),
         (("--formats", "int6-g128"), "profile again with --formats int6-g128"),
+        (("--formats", "int4-g*"), "it has int4-g128, int8-g128: profile again with"),
+        (("--share", "fc3:input=int8-g128>=0.5"), "--share"),
+        (("--rule", "fc2", "--share", "fc2:input=int8-g128>=0.5"), "whole plan"),
+        (("--pin", "fc2=int8-g128", "--pin", "fc2=int4-g128"), "has no effect"),
         (("--formats", "int8-channel"), "applies to inputs"),
         (("--time", "TPU=3"), "H200"),
     ],
@@ -334,6 +341,111 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sensitivity_that_is_no_number_is_told(run: Path, value: float) -> None:
+    path, site = run / "sensitivity.parquet", "model.layers.1.mlp.down_proj:input"
+    here = (pl.col("site") == site) & (pl.col("format") == "int4-g128")
+    frame = pl.read_parquet(path).with_columns(
+        delta_loss=pl.when(here).then(value).otherwise("delta_loss")
+    )
+    frame.write_parquet(path)
+    done = invoke(run)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"1 values that are no finite numbers (first: {site} at int4-g128" in done.stderr
+    assert not (run / "plan.json").exists()
+    assert invoke(run, "--pin", f"{site}=bf16").exit_code == 0
+
+
+def test_a_profile_of_another_checkpoint_is_told(
+    run: Path, tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    # One block more, without provenance; then the same sites with another model's provenance.
+    tables(4).sensitivity.write_parquet(run / "sensitivity.parquet")
+    done = invoke(run)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "lacks (model.layers.3." in done.stderr
+    assert "of another checkpoint; profile again" in done.stderr
+    other = RunDir.create(tmp_path / "other")
+    with other.lock():
+        made = {"sensitivity.parquet": tables(3).sensitivity}
+        other.commit("profile", {}, made, model={"content_hash": "f" * 16})
+    (tmp_path / "other" / "sensitivity.parquet").rename(run / "sensitivity.parquet")
+    done = invoke(run)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "was made from another checkpoint (content hash ffffffffffff" in done.stderr
+
+
+def test_what_is_pinned_to_bf16_is_out_of_the_averages_and_the_text_says_so(run: Path) -> None:
+    free = make_plan(run, PlanOptions(rule="uniform"))
+    made = make_plan(run, PlanOptions(rule="uniform", pins=("model.layers.0.*=bf16",)))
+    assert made.plan.predicted.input_bits == pytest.approx(free.plan.predicted.input_bits)
+    assert made.plan.predicted.bytes == pytest.approx(free.plan.predicted.bytes * 2 / 3)
+    text = " ".join(made.as_text().split())
+    assert "14 sites are kept at bf16 by model.layers.0.*=bf16: outside every average" in text
+    assert "qkv bf16 (6 sites), outside the averages" in text
+    kept = [c for c in made.plan.sites if c.block == 0]
+    assert {(c.planned, c.forced) for c in kept} == {(False, "pin")}
+    assert all("outside the averages" in c.reason for c in kept)
+
+
+def test_group_sizes_are_choices_priced_by_their_scales(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Longer rows than any group, one no multiple of it, inputs and weights at once."""
+    shapes = {"self_attn.q_proj": 512, "self_attn.k_proj": 512, "mlp.down_proj": 1000}
+    linears = describe(
+        [Linear(f"model.layers.{b}.{n}", k, 256) for b in range(3) for n, k in shapes.items()],
+        family="llama",
+    )
+    names = [str(f) for f in parse_formats(["int4-g*", "int8-g128"])]
+    made = tables(linears=linears, formats=names)
+    scope = {"g32": 0.5, "g64": 0.7, "g128": 0.9, "g256": 1.2, "token": 2.0, "channel": 2.0}
+    factor = pl.col("format").str.split("-").list.last().replace_strict(scope)
+    made.sensitivity = made.sensitivity.with_columns(pl.col("delta_loss") * factor)
+    run = made.write(tmp_path / "run")
+    result = make_plan(
+        run, PlanOptions(formats=("int4-g*", "int8-g128"), input_bits=4.2, weight_bits=4.15)
+    )
+    plan = result.plan
+    assert plan.formats == tuple(names)
+    for operand, row, limit in (("input", "int4-token", 4.2), ("weight", "int4-channel", 4.15)):
+        used = formats(plan, operand)
+        assert len(used) > 1
+        assert used <= {*names} - {"int4-token", "int4-channel"} | {row}
+        mine = [c for c in plan.sites if c.operand == operand]
+        rows = {f"{x.module}:{operand}": x.in_features for x in linears}
+        for c in mine:
+            length = rows[c.site]
+            scales = -(-length // (c.format.group_size or length))
+            assert c.bits == pytest.approx(c.format.bits + 16 * scales / length)
+        size = sum(rows[c.site] * 256 for c in mine)
+        average = sum(c.bits * rows[c.site] * 256 for c in mine) / size
+        assert average == pytest.approx(getattr(plan.predicted, f"{operand}_bits"))
+        assert average <= limit
+    assert 1000 % 128
+    # A whole row is a token of an input and a channel of a weight: the cheapest of both, one mark.
+    rows_alone = make_plan(run, PlanOptions(formats=("int4-g*",), rule="uniform")).as_text()
+    assert ". int4-channel (9 sites)   . int4-token (9 sites)" in rows_alone
+    found = plan.assignment
+    for block in range(3):
+        pair = [f"model.layers.{block}.self_attn.{n}_proj" for n in "qk"]
+        for operand in ("input", "weight"):
+            assert len({found[f"{module}:{operand}"] for module in pair}) == 1
+
+
+def test_time_is_that_of_the_published_rate_and_names_its_source(run: Path) -> None:
+    """4-bit weights with 8-bit inputs run at the 8-bit rate, on a device that has a 4-bit one."""
+    pins = tuple(
+        f"{role}:{operand}=int{bits}-g128"
+        for role in PLANNED_ROLES
+        for operand, bits in (("weight", 4), ("input", 8))
+    )
+    made = make_plan(run, PlanOptions(time="A100=1", pins=pins))
+    macs = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 160)
+    assert made.plan.predicted.time_ms == pytest.approx(2 * macs * 4096 / 624e12 * 1e3)
+    assert "NVIDIA A100 Tensor Core GPU Architecture whitepaper" in " ".join(made.as_text().split())
 
 
 def test_a_run_that_is_not_profiled_is_told(tmp_path: Path) -> None:

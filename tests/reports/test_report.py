@@ -77,6 +77,19 @@ def test_a_whole_run_shows_every_section(whole: Path) -> None:
     assert 'class="missing"' not in html
 
 
+def test_the_forecast_of_a_plan_is_told_in_its_section(make_run: MakeRun) -> None:
+    path = make_run(seeds=1, steps=4)
+    before = write_report([path]).path.read_text()
+    law = {"params": 3e8, "tokens": 5e10, "delta_weights": 0.02, "delta_inputs": 0.04, "R": 2.0}
+    rest = {"R_fc2_at_8": 1.1, "extrapolates": [], "next_bit": "inputs", "source": "a law"}
+    edit_json(path / "plan.json", advice=law | rest)
+    after = write_report([path]).path.read_text()
+    said = "For 300 million parameters and 50 billion training tokens"
+    (section,) = re.findall(r'<section id="r1-plan">.*?</section>', after, re.DOTALL)
+    assert said in section
+    assert said not in before
+
+
 def test_the_file_is_closed_to_the_network(whole: Path) -> None:
     html = (whole / "report.html").read_text()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)

@@ -108,6 +108,30 @@ def plan_of(*formats: tuple[str, str, str]) -> pl.DataFrame:
     return summary.plan_sites({"sites": sites})
 
 
+def test_the_forecast_is_told_where_the_plan_has_one() -> None:
+    law = {
+        "params": 297e6,
+        "tokens": 50e9,
+        "delta_weights": 0.02134,
+        "delta_inputs": 0.0401,
+        "R": 1.879,
+        "R_fc2_at_8": 1.112,
+        "extrapolates": [],
+        "next_bit": "inputs",
+        "source": "arXiv 2505.14302",
+    }
+    assert words.advice({}) is None
+    assert words.advice({"advice": None}) is None
+    assert words.advice({"advice": law}) == (
+        "For 297 million parameters and 50 billion training tokens the scaling law (arXiv "
+        "2505.14302) forecasts 0.0213 nats from 4-bit weights and 0.0401 from 4-bit inputs, R "
+        "1.88, and R 1.11 with FC2 inputs at 8 bits: the next bit should go to the inputs."
+    )
+    outside = words.advice({"advice": {**law, "extrapolates": ["params 1e12 is outside"]}})
+    assert outside is not None
+    assert "8 bits; N, D or G lie outside what it was fitted on: the next" in outside
+
+
 def test_a_plan_is_counted_by_operand_and_role() -> None:
     sites = plan_of(
         ("input", "fc2", "int8-g128"),
