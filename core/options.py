@@ -65,6 +65,8 @@ class PlanOptions:
     """Formats the planner may choose from."""
     per_role: bool = False
     """One format per role and operand."""
+    target: str | None = None
+    """A library that has to run the plan: its pairs of formats only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,8 @@ class Problem:
     """[S, F]: what is minimized, summed over sites; see predict.py."""
     in_nats: bool
     """Whether `objective` is a loss, or without sensitivities only an order."""
+    pairs: Bools | None = None
+    """[L, F, F]: the (weight, input) formats that a target runs, see constrain.py; None: all."""
 
     @cached_property
     def is_input(self) -> Bools:
@@ -169,6 +171,7 @@ def read_problem(
         macs=params * _routed(sites, linear, len(linears)),
         **dict.fromkeys(("relative_error", "raw", "stderr", "method", "objective"), _NONE),
         in_nats=sensitivity is not None,
+        pairs=None,
     )
     return replace(bare, **_predictions(bare, errors, sensitivity))
 

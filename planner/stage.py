@@ -16,9 +16,10 @@ import numpy as np
 import polars as pl
 
 from bitplan.errors import PlanError, RunError
-from bitplan.formats import Operand
+from bitplan.formats import Operand, parse_formats
 from bitplan.options import PlanOptions
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
+from bitplan.planner.constrain import check_choice, constrain
 from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
 from bitplan.planner.plan import PLAN_FILE, Plan, Predicted, read_plan
@@ -26,6 +27,7 @@ from bitplan.planner.problem import Ints, Problem, read_problem
 from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
+from bitplan.planner.targets import check_formats, find_target
 from bitplan.planner.text import plan_text
 from bitplan.rundir import RunDir, file_hash
 from bitplan.sites import PLANNED_ROLES
@@ -80,15 +82,20 @@ def make_plan(run: Path, options: PlanOptions) -> PlanResult:
                     frontier=directory.read_table(FRONTIER_FILE),
                     up_to_date=True,
                 )
-        plan, points = _plan(directory, options)
+        plan, points = plan_of(directory, options)
         directory.commit("plan", key, {FRONTIER_FILE: points}, {PLAN_FILE: plan.as_json()})
     return PlanResult(run=run, plan=plan, frontier=points, up_to_date=False)
 
 
-def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
+def plan_of(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
+    """Return the plan of a profiled run and its frontier, writing nothing; raise as make_plan."""
     asked = asked_limits(options)
     _check_combination(options, asked)
+    target = None if options.target is None else find_target(options.target)
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
+    if target is not None:
+        inputs = (profile["operand"] == "input").any()
+        check_formats(target, parse_formats(options.formats), inputs=inputs)
     measured = (directory.path / SENSITIVITY.file).is_file()
     problem = read_problem(
         profile,
@@ -98,9 +105,15 @@ def _plan(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame]:
         pins=options.pins,
         per_role=options.per_role,
     )
+    if target is not None:
+        problem = constrain(problem, target)
     _check_inputs(problem, options, asked)
     limits, notes = _limits(problem, options, asked)
     choice, gap, said = _choose(problem, options, limits)
+    if target is not None:
+        if options.rule is not None:
+            check_choice(problem, target, choice, _made_by(options))
+        said += [f"target {target.name} ({target.library}): {note}" for note in target.notes]
     primary = (asked or _default_first(limits))[0]
     others = [limit for limit in limits if limit is not primary]
     points = frontier(problem, primary, others, choice)
@@ -138,6 +151,11 @@ def _check_combination(options: PlanOptions, asked: Sequence[Limit]) -> None:
         raise PlanError(
             f"--rule {options.rule} is a whole plan: drop it, or drop the budgets, --converge and "
             "--per-role"
+        )
+    if options.converge and options.target is not None:
+        raise PlanError(
+            "--converge chooses weights and inputs apart, and a target runs some pairs only: "
+            "drop one of --converge and --target"
         )
     pairs = [limit.budget.name for limit in asked if len(limit.budget.operands) > 1]
     if options.converge and pairs:

@@ -9,16 +9,17 @@ from click.testing import CliRunner
 
 from bitplan.cli import EXIT_BAD_INPUT, main
 
-COMMANDS = ("profile", "plan", "verify", "report", "demo", "law predict", "law crossover")
+COMMANDS = ("profile", "plan", "verify", "report", "export", "demo", "law predict", "law crossover")
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
     "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only --stream "
     "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
-    "--per-role --json",
+    "--per-role --target --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
     "--device --seed --trust-remote-code --json",
     "report": "-o --output --json",
+    "export": "--to -o --output --json",
     "demo": "-o --output",
     "law predict": "--params --tokens --group-size --precision --json",
     "law crossover": "--params --group-size --json",
