@@ -33,7 +33,7 @@ def load():
     """Return the FqnToConfig."""
     return config_from_dict(json.loads(CONFIG.read_text()))
 '''
-_PREPARE = '''"""Train a model under the plan with torchao: prepare(model), train, convert(model)."""
+_PREPARE = '''"""Train a model under the plan: prepare(model), train, convert(model)."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def convert(model):
 
 
 def fake(fmt):
-    """Return the fake quantizer of {"bits", "granularity"} or {"bits", "group_size"}, or None."""
+    """Return the fake quantizer of a format: bits, and granularity or group_size; or None."""
     if fmt is None:
         return None
     scope = {key: value for key, value in fmt.items() if key != "bits"}
@@ -94,11 +94,14 @@ def _fake(fmt: Format) -> dict[str, Any] | None:
         return None
     if fmt.group_size is not None:
         return {"bits": fmt.bits, "group_size": fmt.group_size}
-    return {"bits": fmt.bits, "granularity": f"per_{fmt.granularity}"}
+    # Tokens with a symmetric scale are not implemented there.
+    symmetric = fmt.granularity != "token"
+    scope = f"per_{fmt.granularity}"
+    return {"bits": fmt.bits, "granularity": scope, "is_symmetric": symmetric}
 
 
 def _config(group: Group) -> dict[str, Any]:
-    """Return a pair's config as torchao spells it; a symmetric one, as bitplan's integers are."""
+    """Return a pair's config as torchao spells it: symmetric but for inputs, which cannot be."""
     weight = {"_type": "torch.dtype", "_data": f"int{group.weight.bits}"}
     size = group.weight.group_size
     scope = _typed("PerAxis", axis=0) if size is None else _typed("PerGroup", group_size=size)
@@ -127,7 +130,7 @@ def _config(group: Group) -> dict[str, Any]:
         weight_granularity=scope,
         weight_mapping_type=symmetric,
         weight_scale_dtype=None,
-        act_mapping_type=symmetric,
+        act_mapping_type={"_type": "MappingType", "_data": "ASYMMETRIC"},
         **common,
     )
 

@@ -199,7 +199,10 @@ TARGETS = {
                 Scheme(ANY_INT, "bf16", runs_as="IntxWeightOnlyConfig"),
             ),
             formats=("int4-g32", "int8-g32", "int8-token"),
-            notes=("inputs of 4 bits exist in training only: target torchao-qat",),
+            notes=(
+                "inputs of 4 bits exist in training only: target torchao-qat",
+                "8-bit inputs have a zero point there, which can only make them finer",
+            ),
             checked="type of every quantized weight after `quantize_`, and the JSON round trip",
         ),
         Target(
@@ -207,7 +210,10 @@ TARGETS = {
             library="torchao 0.18.0",
             schemes=(Scheme(ANY_INT, rf"{TOKEN_INT}|bf16", runs_as="QATConfig"),),
             formats=("int4-g32", "int4-token", "int8-token"),
-            notes=("fake quantization for training; convert what torchao runs (no 4-bit inputs)",),
+            notes=(
+                "fake quantization for training; what it runs afterwards is target torchao",
+                "inputs have a zero point there, which can only make them finer",
+            ),
             checked="the fake quantizers of every module after `quantize_`, and a backward pass",
         ),
         Target(
