@@ -152,7 +152,7 @@ COMPRESSED = (
 COMPRESSED_FORMATS = ("int4-g32", "int4-token", "int8-token")
 NO_NVFP4_MIX = (
     "8-bit inputs beside 4-bit ones: as integers (int4-token and int8-token, or groups) or with "
-    "MXFP4 weights (mxfp4 and fp8-e4m3 inputs); NVFP4 weights take NVFP4 inputs or none"
+    "MXFP4 weights (mxfp4 and fp8-e4m3 inputs), not as NVFP4: its weights take NVFP4 inputs or none"
 )
 TARGETS = {
     target.name: target

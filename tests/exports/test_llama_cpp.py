@@ -1,4 +1,4 @@
-"""llama.cpp b11434: names and block sizes as gguf has them, types as `llama-quantize` wrote them."""
+"""llama.cpp b11434: names and blocks as gguf has them, types as `llama-quantize` wrote them."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from bitplan.formats import parse_format
 from bitplan.planner.export_llamacpp import tensor
 from bitplan.planner.layers import Layer
 from bitplan.planner.targets import TARGETS
@@ -20,7 +21,6 @@ QUANTIZE = os.environ.get("LLAMA_QUANTIZE") or shutil.which("llama-quantize") or
 GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 NEOX = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-OPT = ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
 LLAMA = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(
     f"mlp.{n}_proj" for n in ("gate", "up", "down")
 )
@@ -52,8 +52,6 @@ def test_names_are_those_of_gguf(
 
 def test_types_have_the_blocks_and_bits_of_the_formats() -> None:
     for scheme in TARGETS["llama.cpp"].schemes:
-        from bitplan.formats import parse_format
-
         fmt = parse_format(scheme.weight)
         size, length = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[scheme.storage.upper()]]
         assert size == fmt.group_size
