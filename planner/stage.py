@@ -113,7 +113,7 @@ def plan_of(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame
     if target is not None:
         if options.rule is not None:
             check_choice(problem, target, choice, _made_by(options))
-        said += [f"target {target.name} ({target.library}): {note}" for note in target.notes]
+        said += [f"target {target.name}: {note}" for note in target.notes]
     primary = (asked or _default_first(limits))[0]
     others = [limit for limit in limits if limit is not primary]
     points = frontier(problem, primary, others, choice)

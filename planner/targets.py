@@ -29,7 +29,7 @@ from bitplan.sites import PLANNED_ROLES
 
 ANY_INT = r"int[2-8]-(?:g\d+|channel)"
 TOKEN_INT = r"int[48]-token"
-LINEARS = (*PLANNED_ROLES, "lm_head", "router", "other")
+LINEARS = (*PLANNED_ROLES, "lm_head", "other")
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 SHOWN = 3
@@ -87,7 +87,8 @@ class Target:
 
     def objection(self, linear: Shape, weight: Format, input_: Format) -> str | None:
         """Say why the target cannot run a linear so, or return None."""
-        if not (weight.is_quantized or input_.is_quantized):
+        plain = not (weight.is_quantized or input_.is_quantized)
+        if plain and (linear.expert is None or not self.names_all):
             return None
         if linear.expert is not None:
             return "experts of a layer are one parameter, without names to configure"
@@ -117,8 +118,13 @@ class Target:
 
     def plain(self, layers: Sequence[Layer]) -> list[str]:
         """Return the modules that the plan leaves alone and that the target has to be told of."""
-        known = [x for x in layers if x.role in self.roles and (x.expert is None or self.names_all)]
-        return [layer.module for layer in known if layer.is_plain]
+        return [
+            layer.module
+            for layer in layers
+            if layer.is_plain
+            and layer.expert is None
+            and (layer.role != "embed" or "embed" in self.roles)
+        ]
 
     def groups(self, layers: Sequence[Layer]) -> list[Group]:
         """Return the quantized layers by pair of formats, in the order of the model."""
@@ -165,12 +171,12 @@ TARGETS = {
             fuses=True,
             notes=(
                 NO_NVFP4_MIX,
-                "the scheme is what vLLM chooses; its kernels decide how wide inputs run: of "
-                "integer inputs below 16 bits only Humming (--linear-backend humming) knows, which "
-                "runs 4-bit inputs as 8-bit ones from compute capability 9.0 on, and 8-bit inputs "
-                "at 16 bits beside weights in groups (int4-channel weights keep them at 8)",
-                "with MXFP4 weights, inputs run at 4 or 8 bits only where a kernel exists (compute "
-                "capability 10.0 for 4), else wider or narrower than planned, with a warning",
+                "read in its source, not run: of the packed integer schemes only the Humming "
+                "kernels (--linear-backend humming) quantize inputs, 4-bit ones to 8 bits or more "
+                "from compute capability 9.0 on, 8-bit ones not at all beside weights in groups "
+                "(beside int4-channel they do); int8-channel with int8-token runs at 8 bits",
+                "MXFP4 inputs run at 4 bits on compute capability 10.0 and at 16 elsewhere; "
+                "fp8-e4m3 inputs fall back to that, with a warning, where no kernel takes them",
             ),
             checked="a transcription of its predicates, on the file; not vLLM itself",
         ),
@@ -235,6 +241,7 @@ TARGETS = {
                 Scheme("mxfp4", "mxfp4|bf16"),
             ),
             formats=("int4-g32", "int4-token", "int8-token"),
+            names_all=True,
             notes=("keep the `__main__` guard: AutoRound starts a process",),
             checked="`layer_config` as AutoRound gives it back, and every module's attributes",
         ),

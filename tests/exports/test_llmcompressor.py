@@ -36,16 +36,23 @@ def test_the_saved_checkpoint_is_quantized_as_planned(
     planned: Any,
     tmp_path: Path,
 ) -> None:
-    from transformers import AutoModelForCausalLM
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    # NVFP4 inputs are calibrated on text that is passed to `quantize`; the scheme is checked in
-    # compressed-tensors itself.
-    layers = [
-        x if str(x.weight) != "nvfp4" else type(x)(**{**vars(x), **_plain(x)})
-        for x in every_pair(target)
-    ]
+    layers = every_pair(target)
     llama(layers).save_pretrained(tmp_path / "model")
-    use(exported(target, layers)).quantize(tmp_path / "model", tmp_path / "out")
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    # NVFP4 inputs have a scale for the whole tensor, which is calibrated.
+    rows = {"input_ids": [list(range(16))] * 2, "attention_mask": [[1] * 16] * 2}
+    use(exported(target, layers)).quantize(
+        tmp_path / "model",
+        tmp_path / "out",
+        dataset=Dataset.from_dict(rows),
+        num_calibration_samples=2,
+        max_seq_length=16,
+    )
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
@@ -64,9 +71,3 @@ def test_the_saved_checkpoint_is_quantized_as_planned(
                 bits, columns = group.weight.bits, module.in_features
                 assert module.weight_packed.dtype == torch.int32
                 assert module.weight_packed.shape[1] == -(-columns * bits // 32)
-
-
-def _plain(layer: Any) -> dict[str, Any]:
-    from bitplan.formats import BF16
-
-    return {"weight": BF16, "input": BF16}
