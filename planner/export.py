@@ -162,23 +162,30 @@ def _nearest(directory: RunDir, target: Target) -> str:
             refused = refused or f"nor is there a plan that it can, by {command}: {error}"
             continue
         changed = [site for site, fmt in nearest.assignment.items() if fmt != now[site]]
+        left_alone = str(BF16) in formats and str(BF16) not in target.formats
+        more = f"; for narrower inputs profile with --formats {','.join(target.formats)}"
         return (
             f"the nearest plan it can: {command}, which changes {len(changed)} of {len(now)} sites "
-            f"({some(changed)})"
+            f"({some(changed)}){more if left_alone else ''}"
         )
     return refused
 
 
 def _menus(directory: RunDir, asked: PlanOptions, target: Target) -> list[tuple[str, ...]]:
-    """Return candidate formats to plan with, nearest to those of the plan first."""
-    profiled = dict.fromkeys(directory.read_table(ERRORS.file)["format"].to_list())
-    known = parse_formats((*profiled, str(BF16)))
-    usable = {
-        str(f) for f in known if any(target.scheme(f, i) or target.scheme(i, f) for i in known)
-    }
-    own, all_ = ([f for f in names if f in usable] for names in (asked.formats, profiled))
-    menus = [(*names, *more) for names in (own, all_) for more in ((), (str(BF16),))]
-    return [tuple(dict.fromkeys(menu)) for menu in menus if menu]
+    """Return candidate formats to plan with, nearest to the plan's own first, bf16 last."""
+    profiled = parse_formats(directory.read_table(ERRORS.file)["format"].to_list())
+    known = (*profiled, BF16)
+    usable = [f for f in profiled if any(target.scheme(f, i) or target.scheme(i, f) for i in known)]
+    own = [f for f in usable if str(f) in asked.formats]
+    # Formats of one operand alone leave the other operand's menu as it was.
+    one_sided = [f for f in usable if not (f.applies_to("weight") and f.applies_to("input"))]
+    menus = (own, own + one_sided, usable)
+    return [
+        tuple(dict.fromkeys(map(str, (*menu, *more))))
+        for more in ((), (BF16,))
+        for menu in menus
+        if menu
+    ]
 
 
 def _options_of(directory: RunDir) -> PlanOptions:

@@ -171,6 +171,14 @@ def open_beside(problem: Problem, choice: Ints) -> Bools:
     return out
 
 
+def runs(problem: Problem, choice: Ints) -> bool:
+    """Whether the problem's target, if there is one, runs every linear as chosen."""
+    if problem.pairs is None:
+        return True
+    weight, input_ = (chosen(problem, choice, o) for o in ("weight", "input"))
+    return bool(problem.pairs[np.arange(len(weight)), weight, input_].all())
+
+
 def best(problem: Problem, limits: Sequence[Limit], target: Cost | None = None) -> Found:
     """Return the choice of least predicted loss (or `target`) within the limits.
 

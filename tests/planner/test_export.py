@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from bitplan.cli import EXIT_BAD_INPUT, main
 from bitplan.errors import PlanError, RunError
 from bitplan.options import PlanOptions
 from bitplan.planner.export import export_plan
@@ -91,6 +93,18 @@ def test_nothing_to_export_is_one_line(tables: Callable[..., Any], tmp_path: Pat
         export_plan(run, "vllm")
     with pytest.raises(PlanError, match="the targets are"):
         export_plan(run, "onnx")
+
+
+def test_the_command_refuses_in_one_line_with_exit_code_2(planned: Make) -> None:
+    run = planned()
+    done = CliRunner().invoke(main, ["export", str(run), "--to", "vllm"])
+    assert done.exit_code == 0
+    assert "linears: int4-g32 weights, int4-token inputs" in done.stdout
+    refused = CliRunner().invoke(main, ["export", str(run), "--to", "llama.cpp", "--json"])
+    assert refused.exit_code == EXIT_BAD_INPUT
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("error: llama.cpp (llama.cpp b11434) cannot run this plan: ")
+    assert refused.stderr.count("\n") == 1
 
 
 def test_layer_config_names_every_linear(planned: Make) -> None:
