@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitplan.errors import BudgetError, PlanError
-from bitplan.formats import parse_format
+from bitplan.formats import BF16, parse_format
 from bitplan.options import PlanOptions
 from bitplan.planner.budgets import BUDGETS, Limit, objective
 from bitplan.planner.constrain import constrain
@@ -19,6 +19,7 @@ from bitplan.planner.problem import UNFIXED, Problem, read_problem
 from bitplan.planner.search import best
 from bitplan.planner.stage import make_plan
 from bitplan.planner.targets import TARGETS, Scheme, Target
+from bitplan.sites import Linear, describe
 
 FORMATS = ("int4-g32", "int8-g32", "int4-token", "int8-token")
 WEIGHTS, INPUTS = FORMATS[:2], FORMATS
@@ -143,6 +144,29 @@ def test_a_plan_for_vllm_says_what_nvfp4_cannot(tables: Callable[..., Any], tmp_
         pair = plan.assignment[f"{module}:weight"], plan.assignment[f"{module}:input"]
         assert TARGETS["vllm"].scheme(*pair) is not None
     assert any("not as NVFP4" in note for note in plan.notes)
+
+
+def test_of_weights_alone_the_pairs_with_bf16_inputs_hold(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    formats = ("int4-g32", "int8-g32", "fp8-e4m3")
+    run = tables(2, formats=formats, inputs=False).write(tmp_path / "run")
+    plan = make_plan(run, PlanOptions(formats=formats, target="vllm", weight_bits=6)).plan
+    # vLLM has no FP8 weights with 16-bit inputs in this table.
+    assert {str(s.format) for s in plan.sites if s.planned} == {"int4-g32", "int8-g32"}
+
+
+def test_experts_of_a_layer_cannot_be_configured(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    names = [f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(2)]
+    linears = describe([Linear(n, 64, 64) for n in (*names, "model.layers.0.mlp.down_proj")])
+    formats = ("int4-g32", "int4-token", "int8-token")
+    run = tables(linears=linears, formats=formats).write(tmp_path / "run")
+    with pytest.raises(PlanError, match=r"at 2 linears .*experts of a layer are one parameter"):
+        make_plan(run, PlanOptions(formats=formats, target="vllm"))
+    out = PlanOptions(formats=formats, target="vllm", pins=("*.experts.*=bf16",))
+    assert make_plan(run, out).plan.assignment[f"{names[0]}:weight"] == BF16
 
 
 @pytest.mark.parametrize(
