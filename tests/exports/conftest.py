@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitplan.formats import BF16, Format, parse_format
 from bitplan.planner.export import WRITERS
 from bitplan.planner.layers import Layer
 from bitplan.planner.targets import TARGETS
+from bitplan.quantize import quantize_dequantize
 from bitplan.sites import Linear, describe
 
 HIDDEN, INTERMEDIATE, VOCAB = 64, 96, 256
@@ -152,3 +154,39 @@ def planned() -> Callable[[list[Layer]], dict[str, tuple[str, str]]]:
         return {x.module: (str(x.weight), str(x.input)) for x in layers if not x.is_plain}
 
     return of
+
+
+@pytest.fixture(scope="session")
+def errors_beside_ours() -> Callable[[list[Layer], Any, Any], dict[str, float]]:
+    """Return a measurer of a library's error over that of bitplan's rounding, for each module.
+
+    It shows that groups run along the right dimension and tokens have scales of their own: the
+    library loses about what the planner predicted from.
+    """
+
+    def measure(layers: list[Layer], exact: Any, model: Any) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        out = {}
+        for layer in layers:
+            if layer.is_plain:
+                continue
+            # Tokens and channels of very different size, as in trained models.
+            x = torch.randn(2, 16, layer.in_features, generator=generator)
+            x *= torch.logspace(-1, 1, 16)[:, None]
+            x[..., 3] *= 8
+            weight = exact.get_submodule(layer.module).weight.float()
+            wanted = F.linear(x, weight)
+            ours = F.linear(
+                quantize_dequantize(x, layer.input), quantize_dequantize(weight, layer.weight)
+            )
+            with torch.no_grad():
+                theirs = model.get_submodule(layer.module)(x.to(model.dtype)).float()
+            # Of every token, that the large ones do not hide the small.
+            error, own = (
+                ((y - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+                for y in (theirs, ours)
+            )
+            out[f"{layer.module} {layer.weight} {layer.input}"] = float(error / own)
+        return out
+
+    return measure

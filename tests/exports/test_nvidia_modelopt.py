@@ -53,8 +53,8 @@ def test_every_quantizer_is_as_planned(
     assert decisions(model) == planned(layers)
 
 
-def test_the_model_trains_and_its_inputs_are_rounded_token_by_token(
-    every_pair: Any, exported: Any, use: Any, llama: Any
+def test_the_model_trains_and_loses_what_the_planner_measured(
+    every_pair: Any, exported: Any, use: Any, llama: Any, errors_beside_ours: Any
 ) -> None:
     # FP4 is simulated on CUDA only.
     layers = [
@@ -65,16 +65,6 @@ def test_the_model_trains_and_its_inputs_are_rounded_token_by_token(
     model = use(exported("modelopt", layers)).quantize(llama(every_pair("modelopt")).float())
     ids = torch.arange(8)[None]
     model(ids, labels=ids).loss.backward()
-    tokens = torch.randn(5, 64) * torch.tensor([1.0, 10, 0.1, 3, 100])[:, None]
-    seen = set()
-    for layer in layers:
-        if layer.input.kind != "int" or layer.in_features != 64 or str(layer.input) in seen:
-            continue
-        seen.add(str(layer.input))
-        quantizer = model.get_submodule(layer.module).input_quantizer
-        rounded = quantizer(tokens[None])[0]
-        # A scale of its own for each token: the error follows the token's size.
-        error = (rounded - tokens).abs().amax(dim=1) / tokens.abs().amax(dim=1)
-        assert (error <= 0.51 / (2 ** (layer.input.bits - 1) - 1)).all()
-        assert all(len(row.unique()) <= 2**layer.input.bits for row in rounded)
-    assert seen == {"int4-token", "int8-token"}
+    ratios = errors_beside_ours(layers, llama(every_pair("modelopt")), model)
+    # It divides AbsMax by 2^(b-1) - 1: one step less of three is what 2-bit weights feel.
+    assert all(0.5 < r < (4 if " int2-" in name else 2) for name, r in ratios.items()), ratios

@@ -43,10 +43,10 @@ def test_the_json_is_what_torchao_writes(every_pair: Any, exported: Any, use: An
 
 
 def test_every_module_trains_under_the_planned_fake_quantizers(
-    every_pair: Any, exported: Any, use: Any, llama: Any, planned: Any
+    every_pair: Any, exported: Any, use: Any, llama: Any, planned: Any, errors_beside_ours: Any
 ) -> None:
     layers = every_pair("torchao-qat")
-    model = llama(layers)
+    model = llama(layers).float()
     code = use(exported("torchao-qat", layers))
     code.prepare(model)
     found = {
@@ -55,6 +55,9 @@ def test_every_module_trains_under_the_planned_fake_quantizers(
         if hasattr(module, "weight_fake_quantizer")
     }
     assert found == planned(layers)
+    ratios = errors_beside_ours(layers, llama(layers), model)
+    # Zero points make inputs finer than ours.
+    assert all(0.3 < ratio < 2 for ratio in ratios.values()), ratios
     ids = torch.arange(8)[None]
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
