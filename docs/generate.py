@@ -1,4 +1,4 @@
-"""Write docs/cli.md, docs/formats.md and README's file tree from the code they describe.
+"""Write docs/cli.md, formats.md, exports.md and README's file tree from the code they describe.
 
 `--check` compares and changes nothing.
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from bitplan.cli import main as cli
+from bitplan.planner.targets import TARGETS, Target
 from bitplan.tables import TABLES, Table
 
 DOCS = Path(__file__).parent
@@ -59,6 +60,24 @@ def _dtype(dtype: object) -> str:
     return text.replace("{", "").replace("}", "").replace("'", "").replace("|", r"\|")
 
 
+def exports_page() -> str:
+    """Return the page of export targets: the hand-written head, then a row and notes for each."""
+    rows = "\n".join(
+        f"| `{t.name}` | {t.library} | {_pairs(t)} | {t.checked} |" for t in TARGETS.values()
+    )
+    notes = "\n".join(f"- `{t.name}`: {note}" for t in TARGETS.values() for note in t.notes)
+    table = (
+        f"| target | library | weights with inputs | checked with it |\n|---|---|---|---|\n{rows}\n"
+    )
+    return f"{NOTE}{(DOCS / 'exports.head.md').read_text()}{table}\n{notes}\n"
+
+
+def _pairs(target: Target) -> str:
+    """Spell a target's schemes as regular expressions in a table cell."""
+    cells = (f"`{s.weight}` with `{s.input}`" for s in target.schemes)
+    return "; ".join(cells).replace("?:", "").replace("|", r"\|")
+
+
 def readme_page() -> str:
     """Return README.md with the first line of every module's docstring in its file tree."""
     text = (ROOT / "README.md").read_text()
@@ -82,6 +101,7 @@ def _tree() -> str:
 PAGES = {
     DOCS / "cli.md": cli_page,
     DOCS / "formats.md": formats_page,
+    DOCS / "exports.md": exports_page,
     ROOT / "README.md": readme_page,
 }
 

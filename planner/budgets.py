@@ -40,7 +40,7 @@ class Cost:
         """Return what a choice [S] uses of the quantity."""
         used = float(np.take_along_axis(self.site, choice[:, None], axis=1).sum())
         if self.pair is not None:
-            weight, input_ = (_chosen(problem, choice, o) for o in ("weight", "input"))
+            weight, input_ = (chosen(problem, choice, o) for o in ("weight", "input"))
             used += float(self.pair[np.arange(len(self.pair)), weight, input_].sum())
         return used
 
@@ -131,8 +131,7 @@ def _time(problem: Problem, device: Device | None) -> Cost:
 
 def _per_mac(problem: Problem, price: Floats) -> Cost:
     """Return a cost of `price` [F, F] (weight format, input format) per multiply-accumulate."""
-    columns = np.arange(len(problem.formats))
-    weight, input_ = (_held_columns(problem, columns, o) for o in ("weight", "input"))
+    weight, input_ = (held_columns(problem, o) for o in ("weight", "input"))
     pair = price[weight[:, :, None], input_[:, None, :]]
     counted = np.zeros(len(problem.macs), dtype=bool)
     counted[problem.linear[problem.counted]] = True
@@ -140,13 +139,14 @@ def _per_mac(problem: Problem, price: Floats) -> Cost:
     return Cost(site=np.zeros_like(problem.bits), pair=macs[:, None, None] * pair)
 
 
-def _held_columns(problem: Problem, columns: Ints, operand: Operand) -> Ints:
+def held_columns(problem: Problem, operand: Operand) -> Ints:
     """Return [L, F]: the format index that stands behind each column of a linear's operand."""
-    fixed = _chosen(problem, problem.fixed, operand)[:, None]
+    columns = np.arange(len(problem.formats))
+    fixed = chosen(problem, problem.fixed, operand)[:, None]
     return np.where(fixed == UNFIXED, columns[None, :], fixed)
 
 
-def _chosen(problem: Problem, choice: Ints, operand: Operand) -> Ints:
+def chosen(problem: Problem, choice: Ints, operand: Operand) -> Ints:
     """Return [L]: the format index of each linear's operand; bf16 where it has no such site."""
     site = problem.site_of(operand)
     return np.where(site == ABSENT, len(problem.formats) - 1, choice[np.maximum(site, 0)])

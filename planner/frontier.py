@@ -1,7 +1,8 @@
 """The frontier: the best predicted loss at every price, and where the rules stand beside it.
 
 Every point is a plan, solved exactly. The other limits stay as they are while the budgeted quantity
-goes from the cheapest plan to the one that would be chosen if it cost nothing.
+goes from the cheapest plan to the one that would be chosen if it cost nothing. Rules' plans that a
+target cannot run are left out.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import polars as pl
 from bitplan.planner.budgets import BUDGETS, Limit, objective
 from bitplan.planner.problem import Ints, Problem
 from bitplan.planner.rules import rules_for
-from bitplan.planner.search import Search
+from bitplan.planner.search import Search, runs
 from bitplan.progress import track
 from bitplan.rundir import content_hash
 from bitplan.tables import FRONTIER
@@ -44,7 +45,8 @@ def frontier(
         assert found is not None
         rows.append(_row(problem, primary, OPTIMAL, limit, found.choice))
     for rule in rules_for(problem):
-        rows.append(_row(problem, primary, rule.name, None, rule.choice(problem)))
+        if runs(problem, choice := rule.choice(problem)):
+            rows.append(_row(problem, primary, rule.name, None, choice))
     rows.append(_row(problem, primary, CHOSEN, primary.value, chosen))
     return FRONTIER.frame(rows)
 

@@ -93,7 +93,8 @@ def _check_finite(sensitivity: pl.DataFrame) -> None:
         site, name = bad.row(0)[:2]
         raise PlanError(
             f"sensitivity.parquet holds NaN or infinite values in {len(bad)} rows (the first: "
-            f"{site} in {name}): they would spoil every sum, so profile again"
+            f"{site} in {name}): they would spoil every sum; profile again, with other --data or "
+            "--device"
         )
 
 

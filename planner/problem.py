@@ -91,6 +91,8 @@ class Problem:
     """What was done to the sensitivities on the way to the predictions."""
     shares: Mapping[Share, Sequence[int]]
     """What every choice keeps to, and the sites that each counts."""
+    pairs: Bools | None = None
+    """[L, F, F]: the (weight, input) formats that a target runs, see constrain.py; None: all."""
 
     @cached_property
     def is_input(self) -> Bools:
@@ -182,6 +184,7 @@ def read_problem(
         **_NOT_YET,
         in_nats=sensitivity is not None,
         shares={},
+        pairs=None,
     )
     bare = replace(bare, shares=_shares(bare, shares))
     return replace(bare, **_predictions(bare, errors, sensitivity))
@@ -286,7 +289,6 @@ def _predictions(
         objective = predict.denoise(relative, columns) * problem.weight_in_average[:, None]
     else:
         best = predict.best_method(sensitivity)
-        _check_finite(best, names, columns, needed)
         raw = predict.pivot(best, "delta_loss", names, columns)
         stderr = predict.pivot(best, "stderr", names, columns)
         method = predict.pivot_methods(best, names, columns)
@@ -318,23 +320,6 @@ def _predictions(
         "notes": notes,
         "objective": np.where(needed, objective, 0.0),
     }
-
-
-def _check_finite(
-    best: pl.DataFrame, names: Sequence[str], columns: Sequence[Format], needed: Bools
-) -> None:
-    """Raise PlanError where a sensitivity that some choice may use is NaN or infinite."""
-    row = {name: i for i, name in enumerate(names)}
-    column = {str(f): i for i, f in enumerate(columns)}
-    wrong = best.filter(~pl.col("delta_loss").is_finite()).select("site", "format", "method")
-    found = [r for r in wrong.rows() if r[1] in column and needed[row[r[0]], column[r[1]]]]
-    if found:
-        site, name, method = found[0]
-        raise PlanError(
-            f"sensitivity.parquet holds {len(found)} values that are no finite numbers (first: "
-            f"{site} at {name}, {method}): profile again, with other --data or --device, or pin "
-            "these sites to bf16"
-        )
 
 
 def _needed(problem: Problem) -> Bools:

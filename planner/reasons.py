@@ -8,7 +8,7 @@ suffer.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost
 from bitplan.planner.plan import NextBest, SiteChoice
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
+from bitplan.planner.search import open_beside
 from bitplan.planner.solve import SLACK
 
 HIGH_KURTOSIS = 10.0
@@ -41,6 +42,8 @@ def explain(
 ) -> tuple[SiteChoice, ...]:
     """Return the entry of every site for a choice [S] that was made under the limits."""
     tables = decisions(problem, limits)
+    if problem.pairs is not None:
+        tables = replace(tables, allowed=tables.allowed & open_beside(problem, choice))
     misleads = misleading_kurtosis(problem)
     return tuple(
         _explain_site(problem, choice, tables, i, rule, bool(misleads[i]))

@@ -1,9 +1,9 @@
 """From the problem to menus of options and back: the best choice under limits.
 
 While every cost adds up over sites, the weights of a group of linears and its inputs are two cells,
-with one option per format. A limit on bit operations or time prices the pair: then a group is one
-cell, with one option per pair of formats. Both are exact; the second is larger, so it is used only
-where it is needed. The shares of a problem are limits of every search.
+with one option per format. A limit on bit operations or time prices the pair, and a target runs
+some pairs only: then a group is one cell, with one option per pair of formats. Both are exact; the
+second is larger, so it is used only where it is needed. A problem's shares limit every search.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bitplan.errors import BudgetError, PlanError
-from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost
+from bitplan.planner.budgets import (
+    Cost,
+    Limit,
+    chosen,
+    held,
+    held_columns,
+    objective,
+    share_cost,
+)
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
 from bitplan.planner.shares import Share
@@ -37,6 +45,7 @@ class Search:
         self._problem = problem
         costs = [*costs, *(share_cost(problem, share) for share in problem.shares)]
         self._joint = any(cost.pair is not None for cost in (target, *costs))
+        self._joint |= problem.pairs is not None
         self._open = _open_cells(problem)
         self._groups = len(self._open)
         allowed = self._allowed()
@@ -94,11 +103,9 @@ class Search:
 
     def _allowed(self) -> Bools:
         """Return [cell, option]; a cell without a site to decide keeps its first option."""
-        weight, input_ = self._open[:, 0], self._open[:, 1]
         if not self._joint:
             return self._open.reshape(2 * self._groups, -1)
-        pairs = weight[:, :, None] & input_[:, None, :]
-        return pairs.reshape(self._groups, -1)
+        return open_pairs(self._problem).reshape(self._groups, -1)
 
     def _table(self, cost: Cost) -> Floats:
         """Add a cost up to [cell, option]."""
@@ -147,6 +154,37 @@ def _open_cells(problem: Problem) -> Bools:
     decides[where] = True
     out[~decides] = np.arange(formats) == 0
     return out
+
+
+def open_pairs(problem: Problem) -> Bools:
+    """Return [group, F, F]: the (weight, input) formats that a group may take together."""
+    cells = _open_cells(problem)
+    out: Bools = cells[:, 0, :, None] & cells[:, 1, None, :]
+    if problem.pairs is not None:
+        weight, input_ = (held_columns(problem, o) for o in ("weight", "input"))
+        linear = np.arange(len(problem.group))[:, None, None]
+        runs = problem.pairs[linear, weight[:, :, None], input_[:, None, :]]
+        np.logical_and.at(out, problem.group, runs)
+    return out
+
+
+def open_beside(problem: Problem, choice: Ints) -> Bools:
+    """Return [group, operand, F]: what a group may take while its other operand stays as chosen."""
+    out = _open_cells(problem)
+    if problem.pairs is not None:
+        weight, input_ = (chosen(problem, choice, o) for o in ("weight", "input"))
+        linear = np.arange(len(problem.group))
+        runs = np.stack([problem.pairs[linear, :, input_], problem.pairs[linear, weight]], axis=1)
+        np.logical_and.at(out, problem.group, runs)
+    return out
+
+
+def runs(problem: Problem, choice: Ints) -> bool:
+    """Whether the problem's target, if there is one, runs every linear as chosen."""
+    if problem.pairs is None:
+        return True
+    weight, input_ = (chosen(problem, choice, o) for o in ("weight", "input"))
+    return bool(problem.pairs[np.arange(len(weight)), weight, input_].all())
 
 
 def best(problem: Problem, limits: Sequence[Limit], target: Cost | None = None) -> Found:

@@ -21,6 +21,7 @@ from bitplan.formats import Operand, parse_formats
 from bitplan.options import PlanOptions
 from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
+from bitplan.planner.constrain import check_choice, constrain
 from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
 from bitplan.planner.plan import PLAN_FILE, Measured, Plan, Predicted, read_plan
@@ -30,6 +31,7 @@ from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.refine import kl_of, stderr_of
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
+from bitplan.planner.targets import check_formats, find_target
 from bitplan.planner.text import plan_text
 from bitplan.planner.trained import Trained, read_trained
 from bitplan.rundir import RunDir, file_hash, provenance_of
@@ -100,18 +102,23 @@ def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> Pl
                     frontier=directory.read_table(FRONTIER_FILE),
                     up_to_date=True,
                 )
-        plan, points = _plan(directory, options, check)
+        plan, points = plan_of(directory, options, check)
         directory.commit("plan", key, {FRONTIER_FILE: points}, {PLAN_FILE: plan.as_json()})
     return PlanResult(run=run, plan=plan, frontier=points, up_to_date=False)
 
 
-def _plan(
-    directory: RunDir, options: PlanOptions, check: Check | None
+def plan_of(
+    directory: RunDir, options: PlanOptions, check: Check | None = None
 ) -> tuple[Plan, pl.DataFrame]:
+    """Return the plan of a profiled run and its frontier, writing nothing; raise as make_plan."""
     asked = asked_limits(options)
     _check_combination(options, asked)
     _check_provenance(directory)
+    target = None if options.target is None else find_target(options.target)
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
+    if target is not None:
+        inputs = (profile["operand"] == "input").any()
+        check_formats(target, parse_formats(options.formats), inputs=inputs)
     measured = (directory.path / SENSITIVITY.file).is_file()
     problem = read_problem(
         profile,
@@ -122,6 +129,8 @@ def _plan(
         per_role=options.per_role,
         shares=options.shares,
     )
+    if target is not None:
+        problem = constrain(problem, target)
     _check_inputs(problem, options, asked)
     law = _outlook(directory, problem, options)
     factors: dict[str, float] = {}
@@ -130,6 +139,10 @@ def _plan(
     limits, notes = _limits(problem, options, asked)
     trained = _trained(directory, problem) if options.converge else None
     choice, gap, said = _choose(problem, options, limits, trained)
+    if target is not None:
+        if options.rule is not None:
+            check_choice(problem, target, choice, _made_by(options))
+        said += [f"target {target.name}: {note}" for note in target.notes]
     checked = None if check is None else check(directory, problem, limits, choice, options)
     if checked is not None:
         gap = gap if np.array_equal(choice, checked.choice) else None
@@ -214,6 +227,11 @@ def _check_combination(options: PlanOptions, asked: Sequence[Limit]) -> None:
         raise PlanError(
             "--measure measures the checkpoint as it is, and --tokens plans for what a training "
             "leaves of it: give one of them"
+        )
+    if options.converge and options.target is not None:
+        raise PlanError(
+            "--converge chooses weights and inputs apart, and a target runs some pairs only: "
+            "drop one of --converge and --target"
         )
     pairs = [limit.budget.name for limit in asked if len(limit.budget.operands) > 1]
     if options.converge and pairs:

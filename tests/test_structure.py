@@ -58,7 +58,14 @@ def test_there_are_modules_to_check() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bitplan.cli", "bitplan.planner.stage", "bitplan.reports.report", "bitplan.probe"]
+    "module",
+    [
+        "bitplan.cli",
+        "bitplan.planner.stage",
+        "bitplan.planner.export",
+        "bitplan.reports.report",
+        "bitplan.probe",
+    ],
 )
 def test_light_modules_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {TORCH!r} if m in sys.modules])"

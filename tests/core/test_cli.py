@@ -14,6 +14,7 @@ COMMANDS = (
     "plan",
     "verify",
     "report",
+    "export",
     "demo",
     "law predict",
     "law crossover",
@@ -24,11 +25,13 @@ OPTIONS = {
     "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only --stream "
     "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --share "
-    "--formats --per-role --quantizer --measure --tokens --params --explain --diff --json",
+    "--formats --per-role --quantizer --measure --tokens --params --explain --diff "
+    "--target --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --schedule "
     "--data --from-scratch --arms --attribute --gpus --workers --device --seed "
     "--trust-remote-code --json",
     "report": "-o --output --json",
+    "export": "--to -o --output --json",
     "demo": "-o --output",
     "law predict": "--params --tokens --group-size --precision --law --json",
     "law crossover": "--params --group-size --law --json",
