@@ -18,7 +18,7 @@ alternative may spend that and no more, on int4-g128 and int8-g128:
     kurtosis, sqnr       inputs of highest kurtosis or relative 4-bit error first, as many as fit
     random               inputs in random order, DRAWS times
     ModelOpt, AutoRound  their own searches over W4A4 and W8A8 (alternatives_peers.py)
-    ModelOpt's scores    inputs of the largest gain in ModelOpt's score per bit operation first
+    ..., inputs priced   ModelOpt's search over W4A8 as well, told what each scheme costs
 
 Choices come from calibration text, what is measured from held-out text. `measure` quantizes the
 whole model by each choice, without training: change of loss and KL from the unquantized model by
@@ -80,6 +80,7 @@ PLANS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     OURS: lambda uniform: {"weight_bits": uniform.predicted.weight_bits},
     "bitplan, weights too": lambda uniform: {},
 }
+RAISED = {"W4A8": ("input",), "W8A8": ("input", "weight")}
 RULES = ("uniform", "fc2", "first-last")
 CHOICES = "choices.parquet"
 MEASURED = {"choice": pl.String, "sequence": pl.Int64, "delta_loss": pl.Float64, "kl": pl.Float64}
@@ -216,12 +217,8 @@ def choose(run: Path, peers: Mapping[str, Any]) -> pl.DataFrame:
         for name, score in ranked.items():
             add(name, budget, sites.greedy(score, limit))
         for name, answer in peers.items():
-            both = [f"{m}:{o}" for m in answer["W8A8"][budget] for o in ("input", "weight")]
-            add(name, budget, both)
-            if gain := answer.get("input_gain"):
-                readers = sites.inputs.group_by("unit").agg(pl.col("module"), pl.col("macs").sum())
-                value = {unit: gain[ms[0]] / macs for unit, ms, macs in readers.iter_rows()}
-                add(f"{name}'s scores", budget, sites.greedy(value, limit))
+            schemes = answer["choices"][budget].items()
+            add(name, budget, [f"{m}:{o}" for m, s in schemes for o in RAISED[s]])
         for draw in range(DRAWS):
             dice = random.Random(f"{budget} {draw}")
             units = dict.fromkeys(sites.inputs["unit"])

@@ -1,23 +1,26 @@
 """What ModelOpt's auto_quantize and AutoRound's AutoScheme choose for alternatives.py.
 
-    PEERS/bin/python benchmarks/alternatives_peers.py DIR
+    PEERS/bin/python benchmarks/alternatives_peers.py DIR [NAME ...]
 
 DIR/request.json and the checkpoint DIR/checkpoint come from `alternatives.py ask`; the answer is
 DIR/peers.json. PEERS is an environment with nvidia-modelopt and auto-round, which bitplan itself
 does without: so this script imports nothing of bitplan.
 
-Both peers choose a scheme for a linear as a whole, and both budgets count weights alone: 8-bit
-inputs are free to them. So that a choice of theirs costs what it is allowed, their menu is W4A4 and
-W8A8, and a budget becomes the average of weight bits that costs as much. Weights are
-integers in groups as in bitplan; inputs have a scale per token, the closest that ModelOpt runs on a
-CPU (AutoRound takes groups there too). Leaving a layer at 16 bits costs 16 times W4A4 and is not on
-the menu. Of ModelOpt the scores of W4A4 and W4A8 are kept as well, for a choice that prices inputs.
+Both peers choose a scheme for a linear as a whole, and both budgets count weights: 8-bit inputs are
+free to them. So that a choice costs what it is allowed, there are two ways to ask:
+
+    ModelOpt, AutoRound      the menu is W4A4 and W8A8, the average of weight bits what costs as much
+    ModelOpt, inputs priced  ModelOpt lets a recipe state its bits: W4A4, W4A8 and W8A8 state their
+                             bit operations, and its own solver minimizes its own scores at that cost
+
+Weights are integers in groups as in bitplan; inputs have a scale per token, the closest that
+ModelOpt runs on a CPU (AutoRound takes groups there too). Leaving a layer at 16 bits costs 16 times
+W4A4 and is not on the menu.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCHEMES = {4: "W4A4", 8: "W8A8"}
-
 Choice = dict[str, str]
+# Bit operations over those of W4A4.
+COST = {"W4A4": 1, "W4A8": 2, "W8A8": 4}
+BITS = {"W4A4": (4, 4), "W4A8": (4, 8), "W8A8": (8, 8)}
 
 
 def cost(choice: Choice, macs: dict[str, int]) -> float:
     """Return bit operations over those of W4A4 everywhere."""
-    times = {"W4A4": 1, "W8A8": 4}
-    return sum(times[choice[m]] * n for m, n in macs.items()) / sum(macs.values())
+    return sum(COST[choice[m]] * n for m, n in macs.items()) / sum(macs.values())
 
 
 def weight_bits(limit: float) -> float:
@@ -46,21 +49,27 @@ def load(place: Path) -> Any:
 
 
 def auto_quantize(
-    place: Path, request: dict[str, Any], menu: list[tuple[int, int]]
-) -> tuple[dict[str, Any], Callable[[float], dict[str, float]]]:
-    """Return ModelOpt's search state over (weight, input) bits, and its constraint for a budget."""
-    import modelopt.torch.quantization as mtq
+    place: Path, request: dict[str, Any], stated_bits: dict[str, float], limits: dict[str, float]
+) -> dict[str, Choice]:
+    """Return ModelOpt's choice for each budget, by gradient scores.
 
-    def config(weight_bits: int, input_bits: int) -> dict[str, Any]:
-        weight = {"num_bits": weight_bits, "block_sizes": {-1: request["group_size"]}}
-        token = {"num_bits": input_bits, "block_sizes": {-1: None, "type": "dynamic"}}
+    `stated_bits` is the menu, with what each scheme counts in the average; `limits` are averages.
+    """
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.algorithms import get_auto_quantize_config
+
+    def config(scheme: str) -> dict[str, Any]:
+        weight, token = BITS[scheme]
+        groups = {"num_bits": weight, "block_sizes": {-1: request["group_size"]}}
+        tokens = {"num_bits": token, "block_sizes": {-1: None, "type": "dynamic"}}
         return {
             "quant_cfg": [
                 {"quantizer_name": "*", "enable": False},
-                {"quantizer_name": "*weight_quantizer", "cfg": weight},
-                {"quantizer_name": "*input_quantizer", "cfg": token},
+                {"quantizer_name": "*weight_quantizer", "cfg": groups},
+                {"quantizer_name": "*input_quantizer", "cfg": tokens},
             ],
             "algorithm": "max",
+            "effective_bits": stated_bits[scheme],
         }
 
     model = load(place)
@@ -77,11 +86,11 @@ def auto_quantize(
 
     _, state = mtq.auto_quantize(
         model,
-        constraints=effective(8.0),
+        constraints=effective(max(stated_bits.values())),
         module_search_spaces=[
             {
                 "module_name_patterns": planned,
-                "quantization_formats": [config(*bits) for bits in menu],
+                "quantization_formats": [config(scheme) for scheme in stated_bits],
                 "allow_no_quant": False,
             }
         ],
@@ -95,35 +104,32 @@ def auto_quantize(
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
     )
-    return state, effective
-
-
-def modelopt(place: Path, request: dict[str, Any]) -> dict[str, Choice]:
-    """Return auto_quantize's choice (gradient scores) for each budget."""
-    from modelopt.torch.quantization.algorithms import get_auto_quantize_config
-
-    state, effective = auto_quantize(place, request, [(4, 4), (8, 8)])
 
     def solve(bits: float) -> Choice:
         found = get_auto_quantize_config(state, effective(bits))["quant_cfg"]
-        weights = {
-            entry["quantizer_name"].removesuffix(".weight_quantizer"): entry["cfg"]["num_bits"]
-            for entry in found
-            if entry["quantizer_name"].endswith(".weight_quantizer")
+        bits_of = {
+            entry["quantizer_name"]: entry["cfg"]["num_bits"] for entry in found if "cfg" in entry
         }
-        return {name: SCHEMES[weights[name]] for name in request["macs"]}
+        scheme = {bits: name for name, bits in BITS.items()}
+        return {
+            name: scheme[bits_of[f"{name}.weight_quantizer"], bits_of[f"{name}.input_quantizer"]]
+            for name in request["macs"]
+        }
 
-    return {name: solve(weight_bits(limit)) for name, limit in request["budgets"].items()}
+    return {name: solve(limit) for name, limit in limits.items()}
 
 
-def modelopt_gains(place: Path, request: dict[str, Any]) -> dict[str, float]:
-    """Return by how much 8-bit inputs lower the score of each linear's group, by linear."""
-    state, _ = auto_quantize(place, request, [(4, 4), (4, 8)])
-    gains = {}
-    for group in state["candidate_stats"].values():
-        low, high = group["scores"]
-        gains |= dict.fromkeys(group["module_names"], low - high)
-    return {name: gains[name] for name in request["macs"]}
+def modelopt(place: Path, request: dict[str, Any]) -> dict[str, Choice]:
+    """Return auto_quantize's choice with its own accounting."""
+    limits = {name: weight_bits(limit) for name, limit in request["budgets"].items()}
+    return auto_quantize(place, request, {"W4A4": 4.0, "W8A8": 8.0}, limits)
+
+
+def modelopt_priced(place: Path, request: dict[str, Any]) -> dict[str, Choice]:
+    """Return auto_quantize's choice where every scheme counts its bit operations."""
+    stated = {scheme: 4.0 * times for scheme, times in COST.items()}
+    limits = {name: 4.0 * limit for name, limit in request["budgets"].items()}
+    return auto_quantize(place, request, stated, limits)
 
 
 def autoround(place: Path, request: dict[str, Any]) -> dict[str, Choice]:
@@ -139,17 +145,17 @@ def autoround(place: Path, request: dict[str, Any]) -> dict[str, Choice]:
         avg_bits=[weight_bits(limit) for limit in request["budgets"].values()],
         options=[
             QuantizationScheme(
-                bits=bits,
+                bits=weight,
                 group_size=size,
                 sym=True,
                 data_type="int",
-                act_bits=bits,
+                act_bits=act,
                 act_group_size=size,
                 act_sym=True,
                 act_data_type="int",
                 act_dynamic=True,
             )
-            for bits in SCHEMES
+            for weight, act in (BITS["W4A4"], BITS["W8A8"])
         ],
         shared_layers=[sorted(group) for group in request["fused"]],
         ignore_scale_zp_bits=True,
@@ -168,11 +174,16 @@ def autoround(place: Path, request: dict[str, Any]) -> dict[str, Choice]:
         device_map="cpu",
         enable_torch_compile=False,
     ).get_layer_config()
-    choices = ({n: SCHEMES[layers[n]["bits"]] for n in names} for layers in found.values())
+    scheme_of = {4: "W4A4", 8: "W8A8"}
+    choices = ({n: scheme_of[layers[n]["bits"]] for n in names} for layers in found.values())
     return dict(zip(request["budgets"], choices, strict=True))
 
 
-PEERS = {"ModelOpt": (modelopt, "nvidia-modelopt"), "AutoRound": (autoround, "auto-round")}
+PEERS = {
+    "ModelOpt": (modelopt, "nvidia-modelopt"),
+    "ModelOpt, inputs priced": (modelopt_priced, "nvidia-modelopt"),
+    "AutoRound": (autoround, "auto-round"),
+}
 
 
 def main() -> None:
@@ -192,13 +203,11 @@ def main() -> None:
             "tokens": sum(map(len, request["ids"])),
             "search_cpu_seconds": round(time.process_time() - start),
             "cost": {budget: cost(choice, request["macs"]) for budget, choice in found.items()},
-            "W8A8": {
-                budget: [module for module, scheme in choice.items() if scheme == "W8A8"]
+            "choices": {
+                budget: {module: one for module, one in choice.items() if one != "W4A4"}
                 for budget, choice in found.items()
             },
         }
-        if name == "ModelOpt":
-            answer[name]["input_gain"] = modelopt_gains(place, request)
         target.write_text(json.dumps(answer, indent=1) + "\n")
         print(name, answer[name]["cost"])
 
