@@ -66,7 +66,7 @@ from bitplan.qat.recipe import Recipe
 from bitplan.qat.record import HELDOUT_FILE, arm_dir
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.qat.verdict import CONFIDENCE, Floats
-from bitplan.rundir import RunDir, content_hash, versions, write_atomic, write_json
+from bitplan.rundir import RunDir, content_hash, hardware, versions, write_atomic, write_json
 from bitplan.sites import PLANNED_ROLES, Site
 from bitplan.tables import ERRORS, PROFILE
 
@@ -83,8 +83,10 @@ PLANS: dict[str, Callable[[Plan], dict[str, Any]]] = {
 RAISED = {"W4A8": ("input",), "W8A8": ("input", "weight")}
 RULES = ("uniform", "fc2", "first-last")
 CHOICES = "choices.parquet"
-MEASURED = {"choice": pl.String, "sequence": pl.Int64, "delta_loss": pl.Float64, "kl": pl.Float64}
-TRAINED = {"choice": pl.String, "seed": pl.Int64, "sequence": pl.Int64, "loss": pl.Float64}
+# `key` identifies the model, the text and the recipe that a row's numbers depend on.
+KEY = {"choice": pl.String, "key": pl.String, "hardware": pl.String}
+MEASURED = {**KEY, "sequence": pl.Int64, "delta_loss": pl.Float64, "kl": pl.Float64}
+TRAINED = {**KEY, "seed": pl.Int64, "sequence": pl.Int64, "loss": pl.Float64}
 BATCH_TOKENS = 2048  # of a forward pass without training; logits are the largest tensors
 
 
@@ -122,12 +124,13 @@ class Sites:
 
     def cost(self, raised: Iterable[str]) -> float:
         """Return bit operations over those of uniform 4-bit."""
-        sites, used = set(raised), 0.0
-        for module, macs in self.macs.items():
-            used += macs * math.prod(
-                HIGH.bits / LOW.bits for operand in ("input", "weight")
-                if f"{module}:{operand}" in sites
-            )  # fmt: skip
+        times = HIGH.bits / LOW.bits
+        sites = set(raised)
+
+        def of(module: str) -> float:
+            return float(times ** sum(f"{module}:{o}" in sites for o in ("input", "weight")))
+
+        used = sum(macs * of(module) for module, macs in self.macs.items())
         return used / sum(self.macs.values())
 
     def bits(self, operand: str, raised: Iterable[str]) -> float:
@@ -271,6 +274,15 @@ class Settings:
     eval_tokens: int
     recipe: Recipe
 
+    def key(self, stage: str) -> str:
+        """Identify what the rows of `measure` or `train` depend on beside the choice."""
+        used: dict[str, dict[str, Any]] = {
+            "measure": {"tokens": self.measure_tokens, "seq_len": self.recipe.seq_len},
+            "train": {"tokens": self.eval_tokens, "recipe": asdict(self.recipe)},
+        }
+        text = load_text(self.data).content_hash
+        return content_hash({"model": Path(self.model).name, "text": text, **used[stage]})
+
     def ids(self, tokenizer: Any, split: Split, tokens: int, seed: int = 0) -> Tensor:
         length = self.recipe.seq_len
         return tokenize(
@@ -294,7 +306,7 @@ class Worker:
         """Batches of held-out sequences for `measure`."""
         tokens = self.settings.measure_tokens
         ids = self.settings.heldout(self.checkpoint.tokenizer, tokens).to(self.device)
-        return list(ids.split(max(1, BATCH_TOKENS // ids.shape[1])))
+        return list(torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
 
     @cached_property
     @torch.no_grad()
@@ -318,7 +330,7 @@ class Worker:
         restore(model)
         loss, kl = torch.cat(rows).T.numpy()
         columns = {"sequence": range(len(loss)), "delta_loss": loss, "kl": kl}
-        return pl.DataFrame(columns).select(pl.lit(choice).alias("choice"), *columns)
+        return self._rows(pl.DataFrame(columns), "measure", choice).select(*MEASURED)
 
     @cached_property
     def accelerator(self) -> Any:
@@ -340,8 +352,14 @@ class Worker:
             run = RunDir.create(folder)
             train_arm(run, self.checkpoint.model.cpu(), job, self.accelerator)
             losses = run.read_table(f"{arm_dir(choice, seed)}/{HELDOUT_FILE}")
-        return losses.with_columns(choice=pl.lit(choice), seed=pl.lit(seed, pl.Int64)).select(
-            *TRAINED
+        losses = losses.with_columns(seed=pl.lit(seed, pl.Int64))
+        return self._rows(losses, "train", choice).select(*TRAINED)
+
+    def _rows(self, frame: pl.DataFrame, stage: str, choice: str) -> pl.DataFrame:
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else hardware()
+        return frame.with_columns(
+            choice=pl.lit(choice), key=pl.lit(self.settings.key(stage)), hardware=pl.lit(name)
         )
 
 
@@ -381,9 +399,10 @@ def spread(
                 return
 
 
-def read(path: Path, schema: Mapping[str, Any]) -> pl.DataFrame:
-    """Return a table, empty where there is none yet."""
-    return pl.read_parquet(path) if path.exists() else pl.DataFrame(schema=dict(schema))
+def read(path: Path, schema: Mapping[str, Any], key: str) -> pl.DataFrame:
+    """Return the rows of a key, none where there is no table yet."""
+    table = pl.read_parquet(path) if path.exists() else pl.DataFrame(schema=dict(schema))
+    return table.filter(key=key)
 
 
 def add_rows(path: Path, frames: Iterable[pl.DataFrame]) -> None:
@@ -439,7 +458,7 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
         key: {c: f.sort("sequence")[key].to_numpy() for (c,), f in measured.group_by("choice")}
         for key in ("delta_loss", "kl")
     }
-    losses = whole(trained)
+    losses = whole(trained, choices.filter(pl.col("draw").is_null())["choice"].unique())
     variance, freedom = seed_variance(losses) if losses else (0.0, 1)
     base = losses.get(BASELINE)
 
@@ -473,14 +492,13 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
         rows = []
         for (name,), mine in of_budget.group_by("name", maintain_order=True):
             arrays, ranges = means(mine)
-            row: dict[str, Any] = {"name": name} | {
-                key: float(mine[key].mean())
-                for key in ("cost", "input_bits", "weight_bits")  # type: ignore[arg-type]  # never empty
-            }
+            spent = mine.select(pl.col("cost", "input_bits", "weight_bits").mean())
+            row: dict[str, Any] = {"name": name} | spent.row(0, named=True)
             for key, values in arrays.items():
                 draws = ranges[key]["draws"]
                 row[key] = interval(key, values, draws)
-                row[f"{key}_over_bitplan"] = interval(key, values - ours[key], draws)
+                if key in ours:
+                    row[f"{key}_over_bitplan"] = interval(key, values - ours[key], draws)
                 if len(mine) > 1:
                     row[f"{key}_range"] = ranges[key]
             rows.append(row)
@@ -492,13 +510,20 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
     return budgets
 
 
-def whole(trained: pl.DataFrame) -> dict[str, Floats]:
-    """Return the losses [seed, sequence] of the choices that are trained under every seed."""
-    seeds = trained["seed"].n_unique()
+def whole(trained: pl.DataFrame, named: pl.Series) -> dict[str, Floats]:
+    """Return the losses [seed, sequence] of the choices trained under every seed that is whole.
+
+    A seed is whole when all named choices are trained under it.
+    """
+    wanted = {BASELINE, *named}
+    found = trained.filter(pl.col("choice").is_in(wanted)).group_by("seed")
+    count = found.agg(pl.col("choice").n_unique())
+    seeds = count.filter(pl.col("choice") == len(wanted))["seed"]
+    rows = trained.filter(pl.col("seed").is_in(seeds.implode())).sort("seed", "sequence")
     return {
-        choice: f.sort("seed", "sequence")["loss"].to_numpy().reshape(seeds, -1)
-        for (choice,), f in trained.group_by("choice", maintain_order=True)
-        if f["seed"].n_unique() == seeds
+        choice: of_choice["loss"].to_numpy().reshape(len(seeds), -1)
+        for (choice,), of_choice in rows.group_by("choice", maintain_order=True)
+        if of_choice["seed"].n_unique() == len(seeds)
     }
 
 
@@ -535,14 +560,36 @@ def as_text(found: Sequence[Any]) -> str:
 
 
 def train_calls(choices: pl.DataFrame, settings: Settings) -> list[tuple[Any, ...]]:
-    """Return what to train, in order: the baseline and the named ones seed by seed, then draws."""
-    named = choices.filter(pl.col("draw").is_null()).unique("choice", maintain_order=True)
-    drawn = choices.filter(pl.col("draw") < settings.trained_draws)
-    drawn = drawn.unique("choice", maintain_order=True).join(named, on="choice", how="anti")
-    first = [(BASELINE, None), *named.select("choice", "raised").iter_rows()]
-    then = drawn.sort("draw", maintain_order=True).select("choice", "raised").iter_rows()
-    seeds = range(settings.seeds)
-    return [(*one, k) for k in seeds for one in first] + [(*one, k) for one in then for k in seeds]
+    """Return what to train, seed by seed, so that what is finished can be compared at any time."""
+    asked = choices.filter(pl.col("draw").is_null() | (pl.col("draw") < settings.trained_draws))
+    rows = asked.unique("choice", maintain_order=True).select("choice", "raised").rows()
+    return [(*row, seed) for seed in range(settings.seeds) for row in [(BASELINE, None), *rows]]
+
+
+def facts(settings: Settings, measured: pl.DataFrame, trained: pl.DataFrame) -> dict[str, Any]:
+    """Return what the results depend on."""
+    recipe, model = settings.recipe, RunDir.open(settings.run).manifest["model"]
+    names = ("content_hash", "num_non_embedding_parameters", "weights_note")
+    return {
+        "model": {"name": Path(settings.model).name} | {name: model[name] for name in names},
+        "cost": "sum of MACs x weight bits x input bits, over that of 4-bit weights and inputs",
+        "formats": [LOW.name, HIGH.name],
+        "measured": {
+            "heldout_tokens": settings.measure_tokens,
+            "choices": measured["choice"].n_unique(),
+            "hardware": sorted(measured["hardware"].unique()),
+        },
+        "trained": {
+            "recipe": asdict(recipe),
+            "tokens": recipe.steps * recipe.batch_size * recipe.seq_len,
+            "heldout_tokens": settings.eval_tokens,
+            "seeds": trained["seed"].n_unique(),
+            "choices": trained["choice"].n_unique(),
+            "hardware": sorted(trained["hardware"].unique()),
+        },
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": dict(versions()),
+    }
 
 
 def main() -> None:
@@ -593,23 +640,29 @@ def main() -> None:
         answers = json.loads(peers.read_text()) if peers.exists() else {}
         choices.unlink(missing_ok=True)
         add_rows(choices, [choose(asked.run, answers)])
+
+    def tables() -> tuple[pl.DataFrame, pl.DataFrame]:
+        first = read(measured, MEASURED, settings.key("measure"))
+        return first, read(trained, TRAINED, settings.key("train"))
+
     if "measure" in asked.stages:
         table = pl.read_parquet(choices).sort("draw", nulls_last=False, maintain_order=True)
-        known = set(read(measured, MEASURED)["choice"])
         rows = table.unique("choice", maintain_order=True).select("choice", "raised").iter_rows()
-        calls = [row for row in rows if row[0] not in known]
+        done = set(tables()[0]["choice"])
+        calls = [row for row in rows if row[0] not in done]
         add_rows(measured, spread(settings, "measure", calls, devices, deadline))
     if "train" in asked.stages:
-        known = set(read(trained, TRAINED).select("choice", "seed").unique().iter_rows())
+        done = set(tables()[1].select("choice", "seed").unique().iter_rows())
         calls = train_calls(pl.read_parquet(choices), settings)
-        calls = [call for call in calls if (call[0], call[2]) not in known]
+        calls = [call for call in calls if (call[0], call[2]) not in done]
         add_rows(trained, spread(settings, "train", calls, devices, deadline))
     if "compare" in asked.stages:
-        tables = (read(measured, MEASURED), read(trained, TRAINED))
-        found = compare(pl.read_parquet(choices), *tables)
-        print(as_text(found))
-        about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "versions": dict(versions())}
-        write_json(asked.to / "compared.json", {"budgets": found, **about})
+        found = compare(pl.read_parquet(choices), *tables())
+        text = as_text(found)
+        print(text)
+        write_atomic(asked.to / "compared.txt", lambda file: file.write(f"{text}\n".encode()))
+        about = facts(settings, *tables())
+        write_json(asked.to / "compared.json", {**about, "budgets": found})
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ does without: so this script imports nothing of bitplan.
 Both peers choose a scheme for a linear as a whole, and both budgets count weights: 8-bit inputs are
 free to them. So that a choice costs what it is allowed, there are two ways to ask:
 
-    ModelOpt, AutoRound      the menu is W4A4 and W8A8, the average of weight bits what costs as much
+    ModelOpt, AutoRound      the menu is W4A4 and W8A8, the weight bits are those that cost as much
     ModelOpt, inputs priced  ModelOpt lets a recipe state its bits: W4A4, W4A8 and W8A8 state their
-                             bit operations, and its own solver minimizes its own scores at that cost
+                             bit operations, and its solver minimizes its scores at that cost
 
 Weights are integers in groups as in bitplan; inputs have a scale per token, the closest that
 ModelOpt runs on a CPU (AutoRound takes groups there too). Leaving a layer at 16 bits costs 16 times
@@ -108,7 +108,7 @@ def auto_quantize(
     def solve(bits: float) -> Choice:
         found = get_auto_quantize_config(state, effective(bits))["quant_cfg"]
         bits_of = {
-            entry["quantizer_name"]: entry["cfg"]["num_bits"] for entry in found if "cfg" in entry
+            entry["quantizer_name"]: entry["cfg"]["num_bits"] for entry in found if entry.get("cfg")
         }
         scheme = {bits: name for name, bits in BITS.items()}
         return {
