@@ -67,7 +67,7 @@ from bitplan.qat.record import HELDOUT_FILE, arm_dir
 from bitplan.qat.train import Job, make_accelerator, train_arm
 from bitplan.qat.verdict import CONFIDENCE, Floats
 from bitplan.rundir import RunDir, content_hash, hardware, versions, write_atomic, write_json
-from bitplan.sites import PLANNED_ROLES, Site
+from bitplan.sites import OPERANDS, PLANNED_ROLES, Site
 from bitplan.tables import ERRORS, PROFILE
 
 LOW, HIGH = parse_format(DEFAULT_LOW), parse_format(DEFAULT_HIGH)
@@ -128,7 +128,7 @@ class Sites:
         sites = set(raised)
 
         def of(module: str) -> float:
-            return float(times ** sum(f"{module}:{o}" in sites for o in ("input", "weight")))
+            return float(times ** sum(f"{module}:{o}" in sites for o in OPERANDS))
 
         used = sum(macs * of(module) for module, macs in self.macs.items())
         return used / sum(self.macs.values())
@@ -141,7 +141,7 @@ class Sites:
             macs * (HIGH if site in sites else LOW).effective_bits(width)
             for site, width, macs in rows
         )
-        return total / float(mine["macs"].sum())
+        return float(total / mine["macs"].sum())
 
     def formats(self, raised: Iterable[str]) -> dict[Site, Format]:
         sites = set(raised)
