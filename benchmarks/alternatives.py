@@ -211,8 +211,10 @@ def choose(run: Path, peers: Mapping[str, Any]) -> pl.DataFrame:
         rules = {name: planned(rule=name)[1] for name in RULES}
         for budget, limit in bought.items():
             for name, more in PLANS.items():
-                found = planned(bit_ops=limit * uniform.predicted.bit_ops, **more(uniform))
-                add(name, budget, found[1])
+                ops = uniform.predicted.bit_ops
+                plan, raised = planned(bit_ops=limit * ops, **more(uniform))
+                assert math.isclose(plan.predicted.bit_ops or 0.0, sites.cost(raised) * ops)
+                add(name, budget, raised)
             for name, raised in rules.items():
                 if sites.cost(raised) <= limit * (1 + 1e-9):
                     add(name, budget, raised)
@@ -504,7 +506,8 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
             rows.append(row)
         loses = {
             key: [r["name"] for r in rows if r.get(f"{key}_over_bitplan", {}).get("high", 0) < 0]
-            for key in (*untrained, "trained")
+            for key in TITLES
+            if key in ours
         }
         budgets.append({"budget": budget, "limit": limit, "loses_to": loses, "rows": rows})
     return budgets
@@ -527,32 +530,58 @@ def whole(trained: pl.DataFrame, named: pl.Series) -> dict[str, Floats]:
     }
 
 
+TITLES = {
+    "delta_loss": "change of loss, not trained",
+    "kl": "KL from the unquantized model, not trained",
+    "trained": "loss over bf16 after training",
+}
+
+
+def summary(found: Sequence[Any], key: str) -> list[str]:
+    """Return a line per alternative with an estimate per budget, and how bitplan stands to it."""
+    cells: dict[str, dict[str, str]] = {}
+    for budget in found:
+        for row in budget["rows"]:
+            if key in row:
+                over = row[f"{key}_over_bitplan"]
+                mark = ">" if over["low"] > 0 else "<" if over["high"] < 0 else " "
+                text = f"{row[key]['estimate']:.4f}{mark}"
+                cells.setdefault(row["name"], {})[budget["budget"]] = text
+    budgets = [budget["budget"] for budget in found]
+    head = f"{'input bits':26}" + "".join(f"{budget:>14}" for budget in budgets)
+    lines = [f"{name:26}" + "".join(f"{of.get(b, ''):>14}" for b in budgets)
+             for name, of in cells.items()]  # fmt: skip
+    return ["", f"{TITLES[key]}, nats per token", head, *lines] if lines else []
+
+
 def as_text(found: Sequence[Any]) -> str:
-    """Return the tables, one a budget: estimates with half widths, and against bitplan."""
-    lines = []
+    """Return a table per quantity, then one per budget with the intervals."""
+    lines = ["> above bitplan's beyond the interval of the difference, < below it"]
+    for key in TITLES:
+        lines += summary(found, key)
 
-    def cell(row: Mapping[str, Any], key: str) -> str:
-        if (one := row.get(key)) is None:
-            return f"{'':>18}"
-        half = (one["high"] - one["low"]) / 2
-        return f"{one['estimate']:>9.4f} +-{half:7.4f}"
+    def cell(one: Mapping[str, float] | None) -> str:
+        if one is None:
+            return f"{'':20}"
+        return f"{one['estimate']:>10.4f} +- {(one['high'] - one['low']) / 2:.4f}"
 
-    keys = ("delta_loss", "kl", "trained", "trained_over_bitplan")
     for budget in found:
         title = f"{budget['budget']} input bits: {budget['limit']:.3f} times the bit operations"
-        lines += ["", f"{title} of 4-bit", f"{'':22}{'spent':>7}{'loss untrained':>18}"
-                  f"{'KL untrained':>18}{'loss trained':>18}{'less bitplan':>18}"]  # fmt: skip
+        heads = ("loss", "KL", "loss trained", "less bitplan's")
+        lines += [
+            "",
+            f"{title} of 4-bit",
+            f"{'':26}{'spent':>7}" + "".join(f"{h:>20}" for h in heads),
+        ]
         for row in budget["rows"]:
-            cells = "".join(cell(row, key) for key in keys)
-            lines.append(f"{row['name']:22}{row['cost']:>7.3f}{cells}")
-            if "delta_loss_range" in row:
-                ranges = [row.get(f"{key}_range") for key in keys[:3]]
+            cells = "".join(cell(row.get(key)) for key in (*TITLES, "trained_over_bitplan"))
+            lines.append(f"{row['name']:26}{row['cost']:>7.3f}{cells}")
+            ranges = [row.get(f"{key}_range") for key in TITLES]
+            if any(ranges):
                 ends = (f"{r['least']:.4f} to {r['most']:.4f}" if r else "" for r in ranges)
-                lines.append(f"{'  range of its draws':29}{''.join(f'{end:>18}' for end in ends)}")
+                lines.append(f"{'  range of its draws':33}{''.join(f'{end:>20}' for end in ends)}")
         for key, names in budget["loses_to"].items():
-            lines.append(
-                f"bitplan loses beyond the interval, {key}: {', '.join(names) or 'to none'}"
-            )
+            lines.append(f"bitplan loses, {TITLES[key]}: {', '.join(names) or 'to none'}")
     return "\n".join(lines)
 
 
