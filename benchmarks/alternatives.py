@@ -280,7 +280,8 @@ class Settings:
         """Identify what the rows of `measure` or `train` depend on beside the choice."""
         used: dict[str, dict[str, Any]] = {
             "measure": {"tokens": self.measure_tokens, "seq_len": self.recipe.seq_len},
-            "train": {"tokens": self.eval_tokens, "recipe": asdict(self.recipe)},
+            "train": {"tokens": self.eval_tokens}
+            | {key: asdict(self.recipe)[key] for key in ("steps", "batch_size", "seq_len", "lr")},
         }
         text = load_text(self.data).content_hash
         return content_hash({"model": Path(self.model).name, "text": text, **used[stage]})
@@ -341,6 +342,7 @@ class Worker:
     def train(self, choice: str, raised: Sequence[str] | None, seed: int) -> pl.DataFrame:
         """Return the loss of each held-out sequence after training; `raised` is None for bf16."""
         settings, recipe = self.settings, self.settings.recipe
+        self.__dict__.pop("base", None)  # makes room
         tokens = recipe.steps * recipe.batch_size * recipe.seq_len
         job = Job(
             arm=choice,
@@ -366,6 +368,8 @@ class Worker:
 
 
 _worker: Worker
+Call = tuple[str, tuple[Any, ...]]
+"""A method of Worker and its arguments."""
 
 
 def _start(settings: Settings, devices: Any) -> None:
@@ -379,13 +383,9 @@ def _call(method: str, arguments: tuple[Any, ...]) -> pl.DataFrame:
 
 
 def spread(
-    settings: Settings,
-    method: str,
-    calls: Sequence[tuple[Any, ...]],
-    devices: Sequence[str],
-    deadline: float,
-) -> Iterator[pl.DataFrame]:
-    """Yield what a Worker's method returns, a process for each device, until the deadline."""
+    settings: Settings, calls: Sequence[Call], devices: Sequence[str], deadline: float
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Yield what a Worker's methods return, a process for each device, until the deadline."""
     context = get_context("spawn")
     queue = context.Queue()
     for device in devices:
@@ -393,9 +393,9 @@ def spread(
     with ProcessPoolExecutor(
         len(devices), mp_context=context, initializer=_start, initargs=(settings, queue)
     ) as pool:
-        futures = [pool.submit(_call, method, arguments) for arguments in calls]
-        for future in track(as_completed(futures), method, total=len(futures)):
-            yield future.result()
+        method_of = {pool.submit(_call, *call): call[0] for call in calls}
+        for future in track(as_completed(method_of), "choices", total=len(calls)):
+            yield method_of[future], future.result()
             if time.monotonic() > deadline:
                 pool.shutdown(cancel_futures=True)
                 return
@@ -407,13 +407,10 @@ def read(path: Path, schema: Mapping[str, Any], key: str) -> pl.DataFrame:
     return table.filter(key=key)
 
 
-def add_rows(path: Path, frames: Iterable[pl.DataFrame]) -> None:
-    """Add frames to a Parquet table, written anew after each."""
-    table = pl.read_parquet(path) if path.exists() else None
-    for frame in frames:
-        table = frame if table is None else pl.concat([table, frame])
-        found = table
-        write_atomic(path, lambda file: found.write_parquet(file, compression="zstd"))  # noqa: B023
+def add_rows(path: Path, frame: pl.DataFrame) -> None:
+    """Add rows to a Parquet table."""
+    table = pl.concat([pl.read_parquet(path), frame]) if path.exists() else frame
+    write_atomic(path, lambda file: table.write_parquet(file, compression="zstd"))
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -588,11 +585,24 @@ def as_text(found: Sequence[Any]) -> str:
 # --- the command -------------------------------------------------------------------------------
 
 
-def train_calls(choices: pl.DataFrame, settings: Settings) -> list[tuple[Any, ...]]:
-    """Return what to train, seed by seed, so that what is finished can be compared at any time."""
+def measure_calls(choices: pl.DataFrame, done: pl.DataFrame) -> list[Call]:
+    """Return what is left to measure, random draws last."""
+    rows = choices.sort("draw", nulls_last=False, maintain_order=True)
+    left = rows.unique("choice", maintain_order=True).join(done, on="choice", how="anti")
+    return [("measure", row) for row in left.select("choice", "raised").rows()]
+
+
+def train_calls(choices: pl.DataFrame, done: pl.DataFrame, settings: Settings) -> list[Call]:
+    """Return what is left to train, seed by seed, so that what is whole can be compared."""
     asked = choices.filter(pl.col("draw").is_null() | (pl.col("draw") < settings.trained_draws))
     rows = asked.unique("choice", maintain_order=True).select("choice", "raised").rows()
-    return [(*row, seed) for seed in range(settings.seeds) for row in [(BASELINE, None), *rows]]
+    known = set(done.select("choice", "seed").unique().rows())
+    return [
+        ("train", (choice, raised, seed))
+        for seed in range(settings.seeds)
+        for choice, raised in [(BASELINE, None), *rows]
+        if (choice, seed) not in known
+    ]
 
 
 def facts(settings: Settings, measured: pl.DataFrame, trained: pl.DataFrame) -> dict[str, Any]:
@@ -668,23 +678,19 @@ def main() -> None:
     if "choose" in asked.stages:
         answers = json.loads(peers.read_text()) if peers.exists() else {}
         choices.unlink(missing_ok=True)
-        add_rows(choices, [choose(asked.run, answers)])
+        add_rows(choices, choose(asked.run, answers))
 
     def tables() -> tuple[pl.DataFrame, pl.DataFrame]:
         first = read(measured, MEASURED, settings.key("measure"))
         return first, read(trained, TRAINED, settings.key("train"))
 
+    calls: list[Call] = []
     if "measure" in asked.stages:
-        table = pl.read_parquet(choices).sort("draw", nulls_last=False, maintain_order=True)
-        rows = table.unique("choice", maintain_order=True).select("choice", "raised").iter_rows()
-        done = set(tables()[0]["choice"])
-        calls = [row for row in rows if row[0] not in done]
-        add_rows(measured, spread(settings, "measure", calls, devices, deadline))
+        calls += measure_calls(pl.read_parquet(choices), tables()[0])
     if "train" in asked.stages:
-        done = set(tables()[1].select("choice", "seed").unique().iter_rows())
-        calls = train_calls(pl.read_parquet(choices), settings)
-        calls = [call for call in calls if (call[0], call[2]) not in done]
-        add_rows(trained, spread(settings, "train", calls, devices, deadline))
+        calls += train_calls(pl.read_parquet(choices), tables()[1], settings)
+    for method, frame in spread(settings, calls, devices, deadline) if calls else ():
+        add_rows({"measure": measured, "train": trained}[method], frame)
     if "compare" in asked.stages:
         found = compare(pl.read_parquet(choices), *tables())
         text = as_text(found)
