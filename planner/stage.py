@@ -34,10 +34,11 @@ from bitplan.planner.search import best
 from bitplan.planner.targets import check_formats, find_target
 from bitplan.planner.text import plan_text
 from bitplan.planner.trained import Trained, read_trained
-from bitplan.rundir import RunDir, file_hash, provenance_of
+from bitplan.rundir import RunDir, content_hash, file_hash, provenance_of
 from bitplan.sites import PLANNED_ROLES
 from bitplan.tables import ERRORS, PROFILE, SENSITIVITY, TRAINED
 
+VERDICT = "verdict.json"
 DEFAULT_RULES = (("weight_bits", "weight", "uniform"), ("input_bits", "input", "fc2"))
 
 
@@ -93,7 +94,7 @@ def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> Pl
         tables = {t.file: directory.path / t.file for t in read}
         found = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
         key = {**asdict(options), "inputs": found}
-        if directory.is_done("plan", key):
+        if directory.is_done("plan", key) or _stands(directory, key):
             # A damaged file is made again, which is what its error message asks for.
             with contextlib.suppress(PlanError, RunError):
                 return PlanResult(
@@ -105,6 +106,25 @@ def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> Pl
         plan, points = plan_of(directory, options, check)
         directory.commit("plan", key, {FRONTIER_FILE: points}, {PLAN_FILE: plan.as_json()})
     return PlanResult(run=run, plan=plan, frontier=points, up_to_date=False)
+
+
+def _stands(directory: RunDir, key: Mapping[str, Any]) -> bool:
+    """Return whether the plan is one of --converge, asked for alike, that verify found to converge.
+
+    What verify trained for it is new to the planner, and no reason to plan again.
+    """
+    entry = directory.manifest["stages"].get("plan")
+    if entry is None or not key["converge"] or not (directory.path / VERDICT).is_file():
+        return False
+
+    def asked(options: Mapping[str, Any]) -> str:
+        inputs = {name: v for name, v in options["inputs"].items() if name != TRAINED.file}
+        return content_hash({**options, "inputs": inputs})
+
+    if asked(entry["options"]) != asked(key) or not directory.is_done("plan", entry["options"]):
+        return False
+    verdict, plan = directory.read_json(VERDICT), directory.read_json(PLAN_FILE)
+    return (verdict["verdict"], verdict["plan_id"]) == ("converged", plan["plan_id"])
 
 
 def plan_of(

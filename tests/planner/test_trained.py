@@ -119,6 +119,27 @@ def test_only_converge_reads_what_was_trained(tables: Callable[..., Any], tmp_pa
     assert not make_plan(run, PlanOptions(converge=True)).up_to_date
 
 
+def test_a_plan_that_was_found_to_converge_stands(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tables(6).write(tmp_path / "run")
+    train(run, make_plan(run, PlanOptions(rule="uniform")).plan, repaired)
+    plan = make_plan(run, PlanOptions(converge=True)).plan
+    verdict = run / "verdict.json"
+    verdict.write_text(json.dumps({"verdict": "converged", "plan_id": plan.plan_id}))
+    train(run, plan, repaired)
+    assert make_plan(run, PlanOptions(converge=True)).up_to_date
+    assert not make_plan(run, PlanOptions(converge=True, formats=("int4-g128",))).up_to_date
+    make_plan(run, PlanOptions(converge=True))
+    for found in (
+        {"verdict": "undetermined", "plan_id": plan.plan_id},
+        {"verdict": "converged", "plan_id": "another"},
+    ):
+        train(run, plan, lambda operand, p: repaired(operand, p) * 1.01)
+        verdict.write_text(json.dumps(found))
+        assert not make_plan(run, PlanOptions(converge=True)).up_to_date
+
+
 def test_the_last_recipe_alone_counts(tables: Callable[..., Any], tmp_path: Path) -> None:
     run = tables(3).write(tmp_path / "run")
     uniform = make_plan(run, PlanOptions(rule="uniform")).plan
