@@ -72,9 +72,14 @@ def available(device: torch.device) -> bool:
     return _library() is not None
 
 
-def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
-    """Do what onepass.one_pass says, for formats that this code `fuses`."""
-    x = x.contiguous()
+def passes(
+    tensors: Sequence[Tensor], formats: Sequence[Format], totals: Sequence[Totals]
+) -> list[Tensor]:
+    """Do what onepass.passes says, for formats that this code `fuses`."""
+    return [_read(x.contiguous(), formats, total) for x, total in zip(tensors, totals, strict=True)]
+
+
+def _read(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
     rows, width = x.shape
     threads = max(1, min(torch.get_num_threads(), x.numel() // _THREAD_ELEMENTS, rows))
     found = torch.zeros(rows, 6 + len(formats), dtype=torch.float64)

@@ -32,7 +32,7 @@ from torch import Tensor
 from bitplan.formats import Format, Operand, parse_format
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
-from bitplan.probe.onepass import ROW, one_pass
+from bitplan.probe.onepass import ROW, one_pass, passes
 from bitplan.probe.totals import Totals, empty_totals
 
 TOP = 8
@@ -171,8 +171,11 @@ class TensorStats:
             self.sequences += x.shape[0]
         else:
             pending = _Rows(found, positions=positions, sequences=sequences)
-        self._pending.append(pending)
-        self.rows += rows.shape[0]
+        self._take(pending)
+
+    def _take(self, rows: _Rows) -> None:
+        self._pending.append(rows)
+        self.rows += len(rows.found)
         if sum(len(pending.found) for pending in self._pending) > self.pending_rows:
             settle([self])
 
@@ -272,6 +275,19 @@ class TensorStats:
     def errors(self) -> dict[str, float]:
         """Return squared quantization error over squared norm by format name; NaN for zeros."""
         return self.summary().errors()
+
+
+@torch.no_grad()
+def update_all(stats: Sequence[TensorStats], tensors: Sequence[Tensor]) -> None:
+    """Take in a tensor [rows, in_features] for each, as `update`; many are read together."""
+    alike: dict[Any, list[tuple[TensorStats, Tensor]]] = {}
+    for one, x in zip(stats, tensors, strict=True):
+        if len(x):
+            alike.setdefault((one.formats, x.dtype, x.device), []).append((one, x.detach()))
+    for (formats, _, _), group in alike.items():
+        found = passes([x for _, x in group], formats, [one._totals for one, _ in group])
+        for (one, _), rows in zip(group, found, strict=True):
+            one._take(_Rows(rows))
 
 
 @torch.no_grad()
