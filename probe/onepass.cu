@@ -114,21 +114,24 @@ __device__ __forceinline__ u32 raw(const void *x, i64 at) {
   return DTYPE == 0 ? ((const u32 *)x)[at] : ((const u16 *)x)[at];
 }
 
-__device__ __forceinline__ void load(const Pass &p, i64 row, int column, uint4 (&v)[VECTORS]) {
+// Read a lane's vectors, the first of which lies at `at`; its row goes on for `left` elements.
+template <bool WHOLE>
+__device__ __forceinline__ void load(const char *at, int left, uint4 (&v)[VECTORS]) {
 #pragma unroll
   for (int k = 0; k < VECTORS; k++) {
-    const int c = column + k * 32 * PER_LANE;
-    v[k] = make_uint4(0, 0, 0, 0);
+    const int before = k * 32 * PER_LANE;
+    if (!WHOLE)
+      v[k] = make_uint4(0, 0, 0, 0);
 #if ALIGNED
-    if (c < p.width)
+    if (WHOLE || before < left)
       asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(v[k].x), "=r"(v[k].y), "=r"(v[k].z), "=r"(v[k].w)
-                   : "l"((const char *)p.x + (row * p.width + c) * (4 / PER_WORD)));
+                   : "l"(at + k * 512));
 #else
     u32 *words = &v[k].x;
     for (int i = 0; i < PER_LANE; i++)
-      if (c + i < p.width)
-        words[i / PER_WORD] |= raw(p.x, row * p.width + c + i) << (i % PER_WORD * 16);
+      if (before + i < left)
+        words[i / PER_WORD] |= raw(at, before + i) << (i % PER_WORD * 16);
 #endif
   }
 }
@@ -271,13 +274,18 @@ __device__ __forceinline__ void sum_powers(const uint4 &v, float (&c)[4]) {
         : "r"(word(v, i)), "r"(word(v, i + 1)), "r"(ONES));
 }
 
-// What is outside the block's bins goes to device memory; zeros go nowhere.
+// What is outside the block's bins goes to device memory; zeros go nowhere. Of 16-bit values what
+// is inside is counted too.
 __device__ __forceinline__ void count_outside(int *histogram, int base, const uint4 &v) {
 #pragma unroll 1
   for (int i = 0; i < PER_LANE; i++) {
-    const float value = element(word(v, i / PER_WORD), i % PER_WORD);
+    const u32 part = word(v, i / PER_WORD) >> (i % PER_WORD * 16);
+    const float value = element(part, 0);
     const u32 bits = __float_as_uint(value);
-    const bool inside = DTYPE == 0 && ((bits & 0x7FFFFFFFu) >> SHIFT) - base < END;
+    const bool inside = DTYPE == 0 ? ((bits & 0x7FFFFFFFu) >> SHIFT) - base < END
+                                   : (part & 0x7FFFu) < END;
+    if (inside && DTYPE != 0)
+      count(4 * (part & 0xFFFFu));
     if (!inside && global_bin(value))
       atomicAdd(histogram + global_bin(value) + (bits >> 31 ? BINS : 0), 1);
   }
@@ -297,14 +305,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   float *const sums = all_sums + threadIdx.x / 32 * SUMS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int start = segment * SEGMENT, column = start + lane * PER_LANE;
-  const i64 first = p.rows * chunk / p.chunks, end = p.rows * (chunk + 1) / p.chunks;
+  const i64 first = p.rows * chunk / p.chunks + warp;
+  const i64 steps = (p.rows * (chunk + 1) / p.chunks - first + WARPS - 1) / WARPS;
+  const int left = p.width - column;  // where the row goes on
+  const bool whole = ALIGNED && start + SEGMENT <= p.width;
+  const char *at = (const char *)p.x + (first * p.width + column) * (4 / PER_WORD);
+  const i64 stride = (i64)p.width * (WARPS * 4 / PER_WORD);
 
   for (int i = threadIdx.x; i < (END - FIRST) / 4; i += 32 * WARPS)
     ((uint4 *)(bins + FIRST))[i] = ((uint4 *)(bins + NEGATIVE + FIRST))[i] = make_uint4(0, 0, 0, 0);
 
   uint4 v[VECTORS], next[VECTORS];
-  if (first + warp < end)
-    load(p, first + warp, column, next);
+  if (steps > 0)
+    load<false>(at, left, next);
 #if DTYPE == 0
   if (warp == 0) {  // the window reaches from 2^-10 to 2^5 times the mean |x| of the first row
     float sum = 0;
@@ -337,13 +350,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   const float *const my_sums = sums + (lane / VALUES * PAIRS + value / 2) * PITCH + value % 2 * 16;
   int slot = 0, slot_bad = 0;
   u32 slot_extreme = 0;
-  i64 slot_row = first + warp;  // of slot 0
-  for (i64 row = first + warp; row < end; row += WARPS) {
+  i64 slot_row = first;  // of slot 0
+  for (int remain = (int)steps; remain > 0; remain--) {
 #pragma unroll
     for (int k = 0; k < VECTORS; k++)
       v[k] = next[k];
-    if (row + WARPS < end)
-      load(p, row + WARPS, column, next);
+    at += stride;
+    if (remain > 1 && whole)
+      load<true>(at, left, next);
+    else if (remain > 1)
+      load<false>(at, left, next);
 
     u32 packed[PACKED], row_extreme;
     float inverse[FORMATS + 1][VECTORS], scale[FORMATS + 1][VECTORS];
@@ -393,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 
 #if DTYPE != 0
     // An element's upper 16 bits, times 4, are the place of its bin. Where the row has elements
-    // beyond the last one, all go to the bin of zeros here, which is not kept up.
+    // beyond the last one, all go to the bin of zeros now, which is not kept up.
     const u32 shift = row_extreme < END ? 14 : 32;
     if (row_extreme >= END)
 #pragma unroll
@@ -460,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     for (int f = 0; f < FORMATS; f += 2)
       mine[(2 + f / 2) * PITCH] = halves(errors[f], errors[f + 1]);
     slot_extreme = lane == slot ? row_extreme : slot_extreme;
-    if (++slot < SLOTS && row + WARPS < end)
+    if (++slot < SLOTS && remain > 1)
       continue;
 
     __syncwarp();
@@ -485,7 +501,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
       double *const out = p.parts + ((slot_row + (i64)lane * WARPS) * p.segments + segment) * PART;
       const float absmax = magnitude(slot_extreme);
       const double n = min(SEGMENT, p.width - start) - slot_bad;
-      const double m = n > 0 ? s1 / n : 0, q2 = s2, q3 = s3, q4 = s4;
+      float inverse;  // of n; one step of Newton's makes up for what it lacks
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf((float)n, 1)));
+      const double about = (double)s1 * inverse, m = about + (s1 - about * n) * inverse;
+      const double q2 = s2, q3 = s3, q4 = s4;
       exact = absmax == 0 ||
               (absmax > 0x1p-20f && absmax < 0x1p24f && 5 * m * m * n < 4 * q2);
       out[0] = n;

@@ -226,7 +226,7 @@ def _plan(
 
 def _vectors(width: int, step: int) -> int:
     """Return how many times 16 bytes a lane takes of a row: what pads least, then the most."""
-    return min((4, 2, 1), key=lambda vectors: (-(-width // (step * vectors)) * vectors, -vectors))
+    return min((4, 3, 2, 1), key=lambda vectors: (-(-width // (step * vectors)) * vectors, -vectors))
 
 
 @cache
