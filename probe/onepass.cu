@@ -528,17 +528,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   }
 
   __syncthreads();
-  const int turn = blockIdx.x * 32 * WARPS;  // not all at one address
-  for (int i = threadIdx.x; i < 2 * (END - FIRST); i += 32 * WARPS) {
-    const int at = (i + turn) % (2 * (END - FIRST)), negative = at >= END - FIRST;
-    const int bin = FIRST + at - negative * (END - FIRST), count = bins[bin + negative * NEGATIVE];
+  constexpr int FOURS = (END - FIRST) / 4;  // of bins, of each sign: most are empty
+  const int turn = blockIdx.x * 32 * WARPS % (2 * FOURS);  // not all at one address
+  for (int i = threadIdx.x; i < 2 * FOURS; i += 32 * WARPS) {
+    const int at = i + turn - (i + turn < 2 * FOURS ? 0 : 2 * FOURS), negative = at >= FOURS;
+    const int bin = FIRST + 4 * (at - negative * FOURS);
+    const uint4 four = *(const uint4 *)(bins + bin + negative * NEGATIVE);
+    if (!(four.x | four.y | four.z | four.w))
+      continue;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
 #if DTYPE == 0
-    const int global = base - LOWEST + bin;
+      const int global = base - LOWEST + bin + j;
 #else
-    const int global = global_bin(element(bin, 0));
+      const int global = global_bin(element(bin + j, 0));
 #endif
-    if (count && global)
-      atomicAdd(p.histogram + global + negative * BINS, count);
+      if (word(four, j) && global)
+        atomicAdd(p.histogram + global + negative * BINS, (int)word(four, j));
+    }
   }
   __syncthreads();
 
@@ -572,7 +579,7 @@ struct Moments {
 // Two sets joined (Pebay, SAND2008-6212).
 __device__ Moments join(const Moments &a, const Moments &b) {
   const double n = a.n + b.n, d = b.mean - a.mean;
-  if (n == 0)
+  if (b.n == 0)
     return a;
   const double r = d / n, ab = a.n * b.n;
   return {n, a.mean + r * b.n, a.m2 + b.m2 + d * r * ab,
@@ -582,7 +589,7 @@ __device__ Moments join(const Moments &a, const Moments &b) {
               4 * r * (a.n * b.m3 - b.n * a.m3)};
 }
 
-// Join the segments of the rows, JOINERS threads to a row, and the chunks of the channels.
+// Join the segments of the rows and the chunks of the channels, by JOINERS threads each.
 extern "C" __global__ void join_parts(const __grid_constant__ Batch batch) {
   int which = 0;
   while (which + 1 < batch.count && (int)blockIdx.x >= batch.passes[which + 1].first_joiner)
@@ -590,16 +597,26 @@ extern "C" __global__ void join_parts(const __grid_constant__ Batch batch) {
   const Pass &p = batch.passes[which];
   const int block = blockIdx.x - p.first_joiner;
   if (block >= p.row_blocks) {
-    const int c = (block - p.row_blocks) * blockDim.x + threadIdx.x;
-    if (c >= p.width)
-      return;
+    __shared__ double sums[JOINERS][32];
+    __shared__ float largest[JOINERS][32];
+    const int c = (block - p.row_blocks) * 32 + threadIdx.x % 32, part = threadIdx.x / 32;
     double squares = 0;
-    float absmax = p.absmax[c];
-    for (int i = 0; i < p.chunks; i++) {
-      squares += p.squares_parts[(i64)i * p.width + c];
-      absmax = fmaxf(absmax, p.absmax_parts[(i64)i * p.width + c]);
+    float absmax = 0;
+    if (c < p.width)
+      for (int i = part; i < p.chunks; i += JOINERS) {
+        squares += p.squares_parts[(i64)i * p.width + c];
+        absmax = fmaxf(absmax, p.absmax_parts[(i64)i * p.width + c]);
+      }
+    sums[part][threadIdx.x % 32] = squares;
+    largest[part][threadIdx.x % 32] = absmax;
+    __syncthreads();
+    if (part || c >= p.width)
+      return;
+    for (int i = 1; i < JOINERS; i++) {
+      squares += sums[i][threadIdx.x];
+      absmax = fmaxf(absmax, largest[i][threadIdx.x]);
     }
-    p.absmax[c] = absmax;
+    p.absmax[c] = fmaxf(absmax, p.absmax[c]);
     p.squares[c] += squares;
     p.counts[c] += (double)p.rows;
     return;
@@ -620,17 +637,17 @@ extern "C" __global__ void join_parts(const __grid_constant__ Batch batch) {
       total = join(total, {in[0], in[1], in[2], in[3], in[4]});
       absmax = fmax(absmax, in[5]);
 #pragma unroll
-  for (int f = 0; f < FORMATS; f++)
+      for (int f = 0; f < FORMATS; f++)
         errors[f] += in[6 + f];
     }
-  for (int step = 1; step < JOINERS; step *= 2) {
+  for (int step = 1; step < JOINERS && step < p.segments; step *= 2) {
     const Moments other = {__shfl_down_sync(~0u, total.n, step), __shfl_down_sync(~0u, total.mean, step),
                            __shfl_down_sync(~0u, total.m2, step), __shfl_down_sync(~0u, total.m3, step),
                            __shfl_down_sync(~0u, total.m4, step)};
     total = join(total, other);
     absmax = fmax(absmax, __shfl_down_sync(~0u, absmax, step));
 #pragma unroll
-  for (int f = 0; f < FORMATS; f++)
+    for (int f = 0; f < FORMATS; f++)
       errors[f] += __shfl_down_sync(~0u, errors[f], step);
   }
   if (row >= p.rows || part)

@@ -177,7 +177,7 @@ def _read(
         )
         part, place = extremes + 8 * channels[i], place + 8 * sizes[i]
         reader += segments[i] * chunks[i]
-        joiner += row_blocks + -(-x.shape[1] // _JOIN_THREADS)
+        joiner += row_blocks + -(-_JOINERS * x.shape[1] // _JOIN_THREADS)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(batch))
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -226,7 +226,11 @@ def _plan(
 
 def _vectors(width: int, step: int) -> int:
     """Return how many times 16 bytes a lane takes of a row: what pads least, then the most."""
-    return min((4, 3, 2, 1), key=lambda vectors: (-(-width // (step * vectors)) * vectors, -vectors))
+
+    def padded(vectors: int) -> int:
+        return -(-width // (step * vectors)) * vectors
+
+    return min((4, 3, 2, 1), key=lambda vectors: (padded(vectors), -vectors))
 
 
 @cache
@@ -291,6 +295,9 @@ def _kernels(variant: _Variant, index: int) -> tuple[int, int]:
         found.append(function)
     dynamic_shared_memory = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(found[0], dynamic_shared_memory, _SHARED_BYTES))
+    # Or the multiprocessors would divide their memory anew from one kernel to the next.
+    shared_carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, a percentage
+    _check(driver.cuFuncSetAttribute(found[1], shared_carveout, 100))
     read, join = (function.value or 0 for function in found)
     return read, join
 
