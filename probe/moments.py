@@ -61,16 +61,12 @@ def pool(moments: Tensor) -> Tensor:
     total = n.sum(-1)
     pooled = (n * mean).sum(-1) / total.clamp_min(1)
     d = mean - pooled[..., None]
-    return torch.stack(
-        [
-            total,
-            pooled,
-            (m2 + n * d**2).sum(-1),
-            (m3 + 3 * d * m2 + n * d**3).sum(-1),
-            (m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4).sum(-1),
-        ],
-        dim=-1,
-    )
+    # By Horner's rule: rows of tokens are many, and each operation reads and writes all of them.
+    between = n * d * d
+    third = torch.addcmul(m3, d, between.add(m2, alpha=3))
+    fourth = torch.addcmul(4 * m3, d, between.add(m2, alpha=6)).mul_(d).add_(m4)
+    sums = [(m2 + between).sum(-1), third.sum(-1), fourth.sum(-1)]
+    return torch.stack([total, pooled, *sums], dim=-1)
 
 
 def moments_of(values: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 /* One pass over a tensor on a CPU: onepass.py's contract, in loops that any C compiler vectorizes.
 
-   A thread takes a run of rows and stays with one row until it is done with it, so that the tensor
+   A task takes a run of rows and stays with one row until it is done with it, so that the tensor
    comes from memory once and the rest happens in the cache. Sums of a row are float32 about the
    row's own mean, scaled by a power of two (moments.py says why); sums of channels are float32 over
    BLOCK rows and float64 beyond. "omp simd" names the sums that may be reordered: nothing else is. */
 
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 64
+#define MOST_THREADS 256
 #define INFINITE 0x7F800000u
 #define SMALLEST 0x1p-100f /* a group below it has squared errors of zero in float32 */
 
@@ -19,16 +21,24 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct {
   const void *x; /* [rows, width] */
-  int64_t width, first, last; /* of the rows, this thread's */
-  int64_t dtype, formats;
+  int64_t rows, width, dtype, formats;
   const int64_t *group; /* elements that share a scale, by format */
   const float *half;    /* 2^(bits - 1), by format */
   double *found;        /* [rows, 6 + formats] */
-  float *channel_absmax; /* [width] */
-  double *channel_squares, *channel_bad; /* [width] */
-  double *nonfinite; /* NaN, infinite */
-  int32_t *histogram;
+  int32_t *histogram;   /* [2, bins], like the next ones added to */
+  float *absmax;        /* [width] */
+  double *squares, *counts, *nonfinite; /* [width], [width], NaN and infinite */
   int64_t shift, lowest, bins; /* histogram.py */
+} Pass;
+
+/* A thread's rows, and what it adds up over them. */
+typedef struct {
+  const Pass *pass;
+  int64_t first, last;
+  float *scratch; /* [5, width]: see read_row */
+  float *absmax;
+  double *squares, *bad, nonfinite[2];
+  int32_t *histogram;
 } Task;
 
 static float from_bits(uint32_t bits) {
@@ -52,7 +62,7 @@ static float from_half(uint16_t h) {
 }
 
 /* The row as float32: in the tensor itself, or in `buffer`. */
-static const float *load(const Task *t, int64_t row, float *buffer) {
+static const float *load(const Pass *t, int64_t row, float *buffer) {
   const int64_t n = t->width;
   const uint16_t *x = (const uint16_t *)t->x + row * n;
   if (t->dtype == FLOAT32)
@@ -124,7 +134,7 @@ static double squared_error(const float *x, int64_t width, int64_t group, const 
   return total;
 }
 
-static void count(const Task *t, const float *x, int32_t *index) {
+static void count(const Pass *t, const float *x, int32_t *index, int32_t *histogram) {
   const int32_t shift = (int32_t)t->shift, lowest = (int32_t)t->lowest, bins = (int32_t)t->bins;
   for (int64_t i = 0; i < t->width; i++) {
     uint32_t bits = to_bits(x[i]);
@@ -134,12 +144,14 @@ static void count(const Task *t, const float *x, int32_t *index) {
     index[i] = bin + (bits >> 31 ? bins : 0);
   }
   for (int64_t i = 0; i < t->width; i++)
-    t->histogram[index[i]]++;
+    histogram[index[i]]++;
 }
 
 /* scratch: the row as float32, two more of it, one for extremes and bins, channels' squares. */
-static void read_row(const Task *t, int64_t row, float *scratch) {
+static void read_row(Task *task, int64_t row) {
+  const Pass *t = task->pass;
   const int64_t width = t->width;
+  float *scratch = task->scratch;
   const float *x = load(t, row, scratch), *about;
   uint32_t bad = 0;
   float sum = 0, low = INFINITY, high = -INFINITY;
@@ -161,8 +173,8 @@ static void read_row(const Task *t, int64_t row, float *scratch) {
       zeroed[i] = x[i];
       if (magnitude >= INFINITE) {
         zeroed[i] = 0;
-        t->nonfinite[magnitude == INFINITE]++;
-        t->channel_bad[i]++;
+        task->nonfinite[magnitude == INFINITE]++;
+        task->bad[i]++;
         n--;
         continue;
       }
@@ -177,6 +189,7 @@ static void read_row(const Task *t, int64_t row, float *scratch) {
   }
   const float absmax = n > 0 ? (high > -low ? high : -low) : 0;
   double *found = t->found + row * (6 + t->formats);
+  memset(found, 0, 5 * sizeof(double));
   if (n > 0)
     central(about, width, n, center, absmax, low, high, found);
   found[5] = absmax;
@@ -188,8 +201,8 @@ static void read_row(const Task *t, int64_t row, float *scratch) {
         extremes[i / group] = largest(x + i, width - i < group ? width - i : group);
     found[6 + f] = squared_error(x, width, group, extremes, t->half[f]);
   }
-  count(t, x, (int32_t *)(scratch + 3 * width));
-  float *channel = t->channel_absmax, *squares = scratch + 4 * width;
+  count(t, x, (int32_t *)(scratch + 3 * width), task->histogram);
+  float *channel = task->absmax, *squares = scratch + 4 * width;
   for (int64_t i = 0; i < width; i++) {
     float magnitude = fabsf(x[i]);
     channel[i] = magnitude > channel[i] ? magnitude : channel[i];
@@ -197,42 +210,99 @@ static void read_row(const Task *t, int64_t row, float *scratch) {
   }
 }
 
-static void *read_rows(void *argument) {
-  const Task *t = argument;
-  float *scratch = malloc(5 * (size_t)t->width * sizeof(float));
-  if (scratch == NULL)
-    return argument;
-  float *squares = scratch + 4 * t->width;
-  for (int64_t row = t->first; row < t->last; row += BLOCK) {
-    const int64_t end = row + BLOCK < t->last ? row + BLOCK : t->last;
-    memset(squares, 0, (size_t)t->width * sizeof(float));
+static void read_rows(Task *task) {
+  const int64_t width = task->pass->width;
+  float *squares = task->scratch + 4 * width;
+  for (int64_t row = task->first; row < task->last; row += BLOCK) {
+    const int64_t end = row + BLOCK < task->last ? row + BLOCK : task->last;
+    memset(squares, 0, (size_t)width * sizeof(float));
     for (int64_t i = row; i < end; i++)
-      read_row(t, i, scratch);
-    for (int64_t i = 0; i < t->width; i++)
-      t->channel_squares[i] += squares[i];
+      read_row(task, i);
+    for (int64_t i = 0; i < width; i++)
+      task->squares[i] += squares[i];
   }
-  free(scratch);
+}
+
+/* Allocate what a task adds up, zeros; the first one counts straight into the pass's histogram. */
+static int prepare(Task *task, const Pass *pass, int64_t i, int64_t count) {
+  const size_t width = (size_t)pass->width;
+  char *room = calloc(width, 2 * sizeof(double) + 6 * sizeof(float));
+  *task = (Task){.pass = pass,
+                 .first = pass->rows * i / count,
+                 .last = pass->rows * (i + 1) / count};
+  task->histogram = i ? calloc(2 * (size_t)pass->bins, sizeof(int32_t)) : pass->histogram;
+  task->squares = (double *)room, task->bad = task->squares + width;
+  task->absmax = (float *)(task->bad + width), task->scratch = task->absmax + width;
+  return room != NULL && task->histogram != NULL;
+}
+
+/* Add what a task found to the pass's results. */
+static void finish(const Task *task, int64_t i) {
+  const Pass *t = task->pass;
+  for (int64_t c = 0; c < t->width; c++) {
+    t->absmax[c] = task->absmax[c] > t->absmax[c] ? task->absmax[c] : t->absmax[c];
+    t->squares[c] += task->squares[c];
+    t->counts[c] += (double)(task->last - task->first) - task->bad[c];
+  }
+  t->nonfinite[0] += task->nonfinite[0];
+  t->nonfinite[1] += task->nonfinite[1];
+  for (int64_t b = 0; i && b < 2 * t->bins; b++)
+    t->histogram[b] += task->histogram[b];
+}
+
+typedef struct {
+  Task *tasks;
+  int64_t count;
+  atomic_int_fast64_t next;
+} Work;
+
+static void take(void *argument) {
+  Work *work = argument;
+  for (int64_t i; (i = atomic_fetch_add(&work->next, 1)) < work->count;)
+    read_rows(work->tasks + i);
+}
+
+static void *take_in_thread(void *argument) {
+  take(argument);
   return NULL;
 }
 
-/* Run the tasks, one thread each; 0 where all is well. Results are zeros before. */
-int bitplan_one_pass(Task *tasks, int64_t count) {
-  pthread_t *threads = malloc((size_t)count * sizeof(pthread_t));
-  int64_t started = 1;
-  int failed = threads == NULL;
-  if (!failed) {
-    while (started < count &&
-           pthread_create(threads + started, NULL, read_rows, tasks + started) == 0)
+/* The OpenMP runtime that torch has loaded, where it has one that speaks like GNU's. Its threads wait
+   for work by spinning, and would keep threads of our own from the cores. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+
+static void run(Work *work) {
+  if (work->count == 1) {
+    take(work);
+  } else if (GOMP_parallel) {
+    GOMP_parallel(take, work, (unsigned)work->count, 0);
+  } else {
+    pthread_t threads[MOST_THREADS];
+    int64_t started = 1;
+    while (started < work->count &&
+           pthread_create(threads + started, NULL, take_in_thread, work) == 0)
       started++;
-    failed |= read_rows(tasks) != NULL;
-    for (int64_t i = started; i < count; i++) /* no thread was left for it */
-      failed |= read_rows(tasks + i) != NULL;
-    for (int64_t i = 1; i < started; i++) {
-      void *result;
-      pthread_join(threads[i], &result);
-      failed |= result != NULL;
-    }
+    take(work);
+    for (int64_t i = 1; i < started; i++)
+      pthread_join(threads[i], NULL);
   }
-  free(threads);
-  return failed;
+}
+
+/* Do a pass in `count` threads; 0 where all is well, else there was no memory and nothing is done. */
+int bitplan_one_pass(const Pass *pass, int64_t count) {
+  Task tasks[MOST_THREADS];
+  Work work = {tasks, count < MOST_THREADS ? count : MOST_THREADS, 0};
+  int well = 1;
+  for (int64_t i = 0; i < work.count; i++)
+    well &= prepare(tasks + i, pass, i, work.count);
+  if (well)
+    run(&work);
+  for (int64_t i = 0; i < work.count; i++) {
+    if (well)
+      finish(tasks + i, i);
+    free(tasks[i].squares);
+    if (i)
+      free(tasks[i].histogram);
+  }
+  return !well;
 }

@@ -21,7 +21,7 @@
 //
 // Defined by the host: DTYPE 0 float32, 1 bfloat16, 2 float16; VECTORS; ALIGNED (rows start at
 // multiples of 16 bytes); FORMATS and its lists HALVES, 2^(bits - 1), and LANES, how many lanes hold
-// a group, ascending; SHIFT, LOWEST, BINS (histogram.py); WARPS.
+// a group, ascending; SHIFT, LOWEST, BINS (histogram.py); WARPS; PASSES, tensors in a launch.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -32,7 +32,7 @@ struct Pass {
   double *parts;          // [rows, segments, PART]
   double *squares_parts;  // [chunks, width]
   float *absmax_parts;    // [chunks, width]
-  double *found;          // [rows, RECORD]: moments, absmax, errors
+  double *found;          // [RECORD, rows]: moments, absmax, errors
   int *histogram;
   float *absmax;      // [width], like the next ones updated in place
   double *squares;    // [width]
@@ -40,6 +40,12 @@ struct Pass {
   double *nonfinite;  // [2]
   i64 rows;
   int width, segments, chunks, row_blocks;
+  int first_reader, first_joiner;  // blocks before this tensor's in read_tensors, in join_parts
+};
+
+struct Batch {  // tensors that one launch reads; in 4 KB, which any driver takes as an argument
+  Pass passes[PASSES];
+  int count;
 };
 
 constexpr int PER_WORD = DTYPE == 0 ? 1 : 2;   // elements in 32 bits
@@ -49,19 +55,42 @@ constexpr int RECORD = 6 + FORMATS;
 constexpr int PART = RECORD + RECORD % 2;      // of a segment: in steps of 16 bytes
 constexpr int JOINERS = 8;                     // threads that join a row's segments
 constexpr int VALUES = 4 + FORMATS;            // summed over the lanes, per row
-constexpr int SLOTS = 32 / VALUES;             // rows summed at a time
-constexpr int PITCH = 36;                      // floats; keeps 16-byte reads off each other's banks
+constexpr int PAIRS = (VALUES + 1) / 2;        // two values share a line, half a line each
+constexpr int PITCH = 36;                      // of a line; keeps 16-byte reads off each other's banks
+constexpr int SUMS = 32 * 20;                  // floats of a warp to sum in
+constexpr int SLOTS = 32 / VALUES < SUMS / PITCH / PAIRS ? 32 / VALUES : SUMS / PITCH / PAIRS;
 constexpr u32 MAGNITUDE = DTYPE == 0 ? 0x7FFFFFFFu : 0x7FFF7FFFu;
 constexpr u32 INFINITE = DTYPE == 0 ? 0x7F800000u : DTYPE == 1 ? 0x7F80u : 0x7C00u;
-constexpr int LOCAL_BINS = 1 << 14;            // of each sign
-constexpr u32 BINS_AT = 2048;                  // in shared memory, past what the system takes
-constexpr u32 ZERO_AT = BINS_AT + 4 * LOCAL_BINS;
+constexpr u32 BINS_AT = 1024;                  // in shared memory, past what the system takes
+// Bins of each sign: of float32 a window, and one for what is outside it; of the others all 16-bit patterns from FIRST to before END,
+// each at its own number, so that sums fit in between the signs.
+constexpr int FIRST = DTYPE == 1 ? LOWEST >> 3 : 0;
+constexpr int END = DTYPE == 0 ? 1 << 14 : DTYPE == 1 ? (LOWEST + BINS) >> 3 : 0x5800;
+constexpr int NEGATIVE = DTYPE == 0 ? END + 4 : 1 << 15;  // the first bin of negative values
+constexpr int SUMS_AT = DTYPE == 0 ? 2 * NEGATIVE : END;
+static_assert(DTYPE == 0 || END + WARPS * SUMS <= NEGATIVE, "sums lie between the signs");
 constexpr int PACKED = DTYPE == 0 ? VECTORS : (VECTORS + 1) / 2;
 __device__ constexpr float HALF[] = {HALVES};
 __device__ constexpr int GROUP_LANES[] = {LANES};
 
+// The larger magnitude, of each half; the signs are lost, NaN stays.
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
-  return DTYPE == 0 ? max(a, b) : __vmaxu2(a, b);
+#if DTYPE == 0
+#define LARGER "max.NaN.xorsign.abs.f32"
+#elif DTYPE == 1
+#define LARGER "max.NaN.xorsign.abs.bf16x2"
+#else
+#define LARGER "max.NaN.xorsign.abs.f16x2"
+#endif
+  u32 found;
+#if DTYPE == 0
+  float value;
+  asm(LARGER " %0, %1, %2;" : "=f"(value) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+  found = __float_as_uint(value);
+#else
+  asm(LARGER " %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+#endif
+  return found;
 }
 
 // Element `i` of a word, float32.
@@ -85,21 +114,24 @@ __device__ __forceinline__ u32 raw(const void *x, i64 at) {
   return DTYPE == 0 ? ((const u32 *)x)[at] : ((const u16 *)x)[at];
 }
 
-__device__ __forceinline__ void load(const Pass &p, i64 row, int column, uint4 (&v)[VECTORS]) {
+// Read a lane's vectors, the first of which lies at `at`; its row goes on for `left` elements.
+template <bool WHOLE>
+__device__ __forceinline__ void load(const char *at, int left, uint4 (&v)[VECTORS]) {
 #pragma unroll
   for (int k = 0; k < VECTORS; k++) {
-    const int c = column + k * 32 * PER_LANE;
-    v[k] = make_uint4(0, 0, 0, 0);
+    const int before = k * 32 * PER_LANE;
+    if (!WHOLE)
+      v[k] = make_uint4(0, 0, 0, 0);
 #if ALIGNED
-    if (c < p.width)
+    if (WHOLE || before < left)
       asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(v[k].x), "=r"(v[k].y), "=r"(v[k].z), "=r"(v[k].w)
-                   : "l"((const char *)p.x + (row * p.width + c) * (4 / PER_WORD)));
+                   : "l"(at + k * 512));
 #else
     u32 *words = &v[k].x;
     for (int i = 0; i < PER_LANE; i++)
-      if (c + i < p.width)
-        words[i / PER_WORD] |= raw(p.x, row * p.width + c + i) << (i % PER_WORD * 16);
+      if (before + i < left)
+        words[i / PER_WORD] |= raw(at, before + i) << (i % PER_WORD * 16);
 #endif
   }
 }
@@ -114,8 +146,7 @@ __device__ __forceinline__ void lane_extremes(const uint4 (&v)[VECTORS], u32 (&o
   m[VECTORS] = 0;
 #pragma unroll
   for (int k = 0; k < VECTORS; k++)
-    m[k] = larger(larger(v[k].x & MAGNITUDE, v[k].y & MAGNITUDE),
-                  larger(v[k].z & MAGNITUDE, v[k].w & MAGNITUDE));
+    m[k] = larger(larger(v[k].x, v[k].y), larger(v[k].z, v[k].w));
 #pragma unroll
   for (int i = 0; i < PACKED; i++)
     out[i] = DTYPE == 0 ? m[i]
@@ -124,7 +155,8 @@ __device__ __forceinline__ void lane_extremes(const uint4 (&v)[VECTORS], u32 (&o
 }
 
 __device__ __forceinline__ u32 extreme_of(const u32 (&packed)[PACKED], int k) {
-  return DTYPE == 0 ? packed[k] : k % 2 ? packed[k / 2] >> 16 : packed[k / 2] & 0xFFFFu;
+  const u32 word = packed[DTYPE == 0 ? k : k / 2] & MAGNITUDE;
+  return DTYPE == 0 ? word : k % 2 ? word >> 16 : word & 0xFFFFu;
 }
 
 __device__ __forceinline__ float sum_lanes(float value) {
@@ -200,10 +232,28 @@ __device__ __noinline__ void centered(const Pass &p, i64 row, int start, double 
       spread ? (s4 - 4 * e * s3 + 6 * e * e * s2 - 3 * n * e * e * e * e) / square / square : 0;
 }
 
-// Add one to a bin of the block by its offset from that of zero, in bytes: negative values' bins come
-// before those of positive ones. The address of zero is a constant, so that nothing is to be added.
+// Add one to a bin of the block, by its offset in bytes.
 __device__ __forceinline__ void count(u32 offset) {
-  asm volatile("red.shared.add.u32 [%0 + %1], 1;" ::"r"(offset), "n"(ZERO_AT) : "memory");
+  asm volatile("red.shared.add.u32 [%0 + %1], 1;" ::"r"(offset), "n"(BINS_AT) : "memory");
+}
+
+// Shift right, by 32 too.
+__device__ __forceinline__ u32 shifted(u32 bits, u32 by) {
+  u32 found;
+  asm("shr.b32 %0, %1, %2;" : "=r"(found) : "r"(bits), "r"(by));
+  return found;
+}
+
+// The bin of histogram.py that a value falls into, before those of negative ones.
+__device__ __forceinline__ int global_bin(float value) {
+  const int bin = (int)((__float_as_uint(value) & 0x7FFFFFFFu) >> SHIFT) - LOWEST;
+  return min(max(bin, 0), BINS - 1);
+}
+
+// The value sums of two lanes each: of a in the lower half of the warp, of b in the upper one.
+__device__ __forceinline__ float halves(float a, float b) {
+  const bool upper = threadIdx.x & 16;
+  return (upper ? b : a) + __shfl_xor_sync(~0u, upper ? a : b, 16);
 }
 
 // Add the sums of squares and the sums of eight elements per lane to c. The matrix units have
@@ -224,33 +274,51 @@ __device__ __forceinline__ void sum_powers(const uint4 &v, float (&c)[4]) {
         : "r"(word(v, i)), "r"(word(v, i + 1)), "r"(ONES));
 }
 
-// What is outside the block's bins goes to device memory; zeros go nowhere.
+// What is outside the block's bins goes to device memory; zeros go nowhere. Of 16-bit values what
+// is inside is counted too.
 __device__ __forceinline__ void count_outside(int *histogram, int base, const uint4 &v) {
 #pragma unroll 1
   for (int i = 0; i < PER_LANE; i++) {
-    const u32 bits = __float_as_uint(element(word(v, i / PER_WORD), i % PER_WORD));
-    const int bin = (bits & 0x7FFFFFFFu) >> SHIFT;
-    if ((u32)(bin - base) >= LOCAL_BINS && bin > LOWEST)
-      atomicAdd(histogram + min(bin - LOWEST, BINS - 1) + (bits >> 31 ? BINS : 0), 1);
+    const u32 part = word(v, i / PER_WORD) >> (i % PER_WORD * 16);
+    const float value = element(part, 0);
+    const u32 bits = __float_as_uint(value);
+    const bool inside = DTYPE == 0 ? ((bits & 0x7FFFFFFFu) >> SHIFT) - base < END
+                                   : (part & 0x7FFFu) < END;
+    if (inside && DTYPE != 0)
+      count(4 * (part & 0xFFFFu));
+    if (!inside && global_bin(value))
+      atomicAdd(histogram + global_bin(value) + (bits >> 31 ? BINS : 0), 1);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pass p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+    read_tensors(const __grid_constant__ Batch batch) {
+  int which = 0;
+  while (which + 1 < batch.count && (int)blockIdx.x >= batch.passes[which + 1].first_reader)
+    which++;
+  const Pass &p = batch.passes[which];
+  const int block = blockIdx.x - p.first_reader, segment = block % p.segments;
+  const int chunk = block / p.segments;
   extern __shared__ int shared[];
   int *const bins = shared + (BINS_AT - (u32)__cvta_generic_to_shared(shared)) / 4;
-  float *const all_sums = (float *)(bins + 2 * LOCAL_BINS);
-  float *const sums = all_sums + threadIdx.x / 32 * 32 * PITCH;
+  float *const all_sums = (float *)(bins + SUMS_AT);
+  float *const sums = all_sums + threadIdx.x / 32 * SUMS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int start = blockIdx.x * SEGMENT, column = start + lane * PER_LANE;
-  const i64 first = p.rows * blockIdx.y / p.chunks, end = p.rows * (blockIdx.y + 1) / p.chunks;
+  const int start = segment * SEGMENT, column = start + lane * PER_LANE;
+  const i64 first = p.rows * chunk / p.chunks + warp;
+  const i64 steps = (p.rows * (chunk + 1) / p.chunks - first + WARPS - 1) / WARPS;
+  const int left = p.width - column;  // where the row goes on
+  const bool whole = ALIGNED && start + SEGMENT <= p.width;
+  const char *at = (const char *)p.x + (first * p.width + column) * (4 / PER_WORD);
+  const i64 stride = (i64)p.width * (WARPS * 4 / PER_WORD);
 
-  for (int i = threadIdx.x; i < LOCAL_BINS / 2; i += 32 * WARPS)
-    ((uint4 *)bins)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < (END - FIRST) / 4; i += 32 * WARPS)
+    ((uint4 *)(bins + FIRST))[i] = ((uint4 *)(bins + NEGATIVE + FIRST))[i] = make_uint4(0, 0, 0, 0);
 
   uint4 v[VECTORS], next[VECTORS];
-  if (first + warp < end)
-    load(p, first + warp, column, next);
-#if DTYPE != 1
+  if (steps > 0)
+    load<false>(at, left, next);
+#if DTYPE == 0
   if (warp == 0) {  // the window reaches from 2^-10 to 2^5 times the mean |x| of the first row
     float sum = 0;
     for (int k = 0; k < VECTORS; k++)
@@ -260,11 +328,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       }
     const int octave = (int)(__float_as_uint(sum_lanes(sum) / SEGMENT) >> 23);
     if (lane == 0)
-      *all_sums = __int_as_float(min(max(octave - 10 << 10, LOWEST), LOWEST + BINS - LOCAL_BINS));
+      *all_sums = __int_as_float(min(max(octave - 10 << 10, LOWEST), LOWEST + BINS - END));
   }
 #endif
   __syncthreads();
-#if DTYPE != 1
+#if DTYPE == 0
   const int base = __float_as_int(*all_sums);
   __syncthreads();
 #endif
@@ -278,15 +346,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
   for (int i = 0; i < VECTORS * 4; i++)
     extremes[i] = 0;
 
+  const int value = lane % VALUES;  // the one, of slot lane / VALUES, that this lane sums
+  const float *const my_sums = sums + (lane / VALUES * PAIRS + value / 2) * PITCH + value % 2 * 16;
   int slot = 0, slot_bad = 0;
   u32 slot_extreme = 0;
-  i64 slot_row = first + warp;  // of slot 0
-  for (i64 row = first + warp; row < end; row += WARPS) {
+  i64 slot_row = first;  // of slot 0
+  for (int remain = (int)steps; remain > 0; remain--) {
 #pragma unroll
     for (int k = 0; k < VECTORS; k++)
       v[k] = next[k];
-    if (row + WARPS < end)
-      load(p, row + WARPS, column, next);
+    at += stride;
+    if (remain > 1 && whole)
+      load<true>(at, left, next);
+    else if (remain > 1)
+      load<false>(at, left, next);
 
     u32 packed[PACKED], row_extreme;
     float inverse[FORMATS + 1][VECTORS], scale[FORMATS + 1][VECTORS];
@@ -319,6 +392,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       for (int s = 1; s < 32; s <<= 1)
         if (s >= lanes)
           all = larger(all, __shfl_xor_sync(~0u, all, s));
+      all &= MAGNITUDE;
       row_extreme = DTYPE == 0 ? all : max(all & 0xFFFFu, all >> 16);
       if (row_extreme < INFINITE)
         break;
@@ -333,21 +407,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       slot_bad = lane == slot ? bad : slot_bad;
     }
 
+#if DTYPE != 0
+    // An element's upper 16 bits, times 4, are the place of its bin. Where the row has elements
+    // beyond the last one, all go to the bin of zeros now, which is not kept up.
+    const u32 shift = row_extreme < END ? 14 : 32;
+    if (row_extreme >= END)
+#pragma unroll
+      for (int k = 0; k < VECTORS; k++)
+        count_outside(p.histogram, 0, v[k]);
+#endif
     float s1 = 0, s2 = 0, s3 = 0, s4 = 0, c[4] = {0, 0, 0, 0}, errors[FORMATS + 1];
 #pragma unroll
-    for (int f = 0; f < FORMATS; f++)
+    for (int f = 0; f <= FORMATS; f++)
       errors[f] = 0;
 #pragma unroll
     for (int k = 0; k < VECTORS; k++) {
       if (DTYPE != 0)
         sum_powers(v[k], c);
-#if DTYPE != 1
+#if DTYPE == 0
       u32 outside = 0;
 #endif
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const u32 w = word(v[k], i);
-        extremes[4 * k + i] = larger(extremes[4 * k + i], w & MAGNITUDE);
+        extremes[4 * k + i] = larger(extremes[4 * k + i], w);
 #pragma unroll
         for (int j = 0; j < PER_WORD; j++) {
           const float x = element(w, j), x2 = x * x;
@@ -366,29 +449,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
             const float e = fmaf(zero - t, scale[f][k], x);
             errors[f] = fmaf(e, e, errors[f]);
           }
-#if DTYPE != 1
+#if DTYPE == 0
           const u32 bits = __float_as_uint(x);
           const u32 bin = ((bits & 0x7FFFFFFFu) >> SHIFT) - base;
-          if (bin < LOCAL_BINS)
-            count(4 * bin + ((int)bits >> 31) * (4 * LOCAL_BINS));
+          count(4 * min(bin, END) + (bits >> 31) * (4 * NEGATIVE));
           outside |= bin;
+#else
+          count(shifted(j ? w & 0xFFFF0000u : w << 16, shift));
 #endif
         }
-#if DTYPE == 1
-        // Both bins at once: magnitude less the lowest, clamped; in bytes, 16 bits each. The upper
-        // half of an offset is 16 times the sign, so that negative values count below ZERO_AT.
-        constexpr u32 LOW = 0x10000u - (LOWEST >> 3), HIGH = BINS >> 3;
-        const u32 two =
-            __viaddmin_s16x2_relu(w & MAGNITUDE, LOW | LOW << 16, HIGH | HIGH << 16) << 2;
-        u32 offset, other;
-        asm("prmt.b32 %0, %1, %2, 0xDD10;" : "=r"(offset) : "r"(two), "r"(w));
-        asm("prmt.b32 %0, %1, %2, 0xFF32;" : "=r"(other) : "r"(two), "r"(w));
-        count(offset);
-        count(other);
-#endif
       }
-#if DTYPE != 1
-      if (outside >= LOCAL_BINS)
+#if DTYPE == 0
+      if (outside >= END)
         count_outside(p.histogram, base, v[k]);
 #endif
     }
@@ -397,24 +469,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       s1 = lane < 4 ? c[2] + c[3] : 0;
       s2 = lane / 8 != lane % 4 ? 0 : lane & 4 ? c[1] : c[0];
     }
-    float *const mine = sums + slot * VALUES * PITCH + lane;
-    mine[0] = s1;
-    mine[PITCH] = s2;
-    mine[2 * PITCH] = s3;
-    mine[3 * PITCH] = s4;
+    float *const mine = sums + slot * PAIRS * PITCH + lane;
+    mine[0] = halves(s1, s2);
+    mine[PITCH] = halves(s3, s4);
 #pragma unroll
-    for (int f = 0; f < FORMATS; f++)
-      mine[(4 + f) * PITCH] = errors[f];
+    for (int f = 0; f < FORMATS; f += 2)
+      mine[(2 + f / 2) * PITCH] = halves(errors[f], errors[f + 1]);
     slot_extreme = lane == slot ? row_extreme : slot_extreme;
-    if (++slot < SLOTS && row + WARPS < end)
+    if (++slot < SLOTS && remain > 1)
       continue;
 
     __syncwarp();
     float sum = 0;
     if (lane < slot * VALUES)
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float4 four = *(const float4 *)(sums + lane * PITCH + 4 * i);
+      for (int i = 0; i < 4; i++) {
+        const float4 four = *(const float4 *)(my_sums + 4 * i);
         sum += (four.x + four.y) + (four.z + four.w);
       }
     __syncwarp();
@@ -428,10 +498,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       errors[f] = __shfl_sync(~0u, sum, from + 4 + f & 31);
     bool exact = true;
     if (lane < slot) {
-      double *const out = p.parts + ((slot_row + (i64)lane * WARPS) * p.segments + blockIdx.x) * PART;
+      double *const out = p.parts + ((slot_row + (i64)lane * WARPS) * p.segments + segment) * PART;
       const float absmax = magnitude(slot_extreme);
       const double n = min(SEGMENT, p.width - start) - slot_bad;
-      const double m = n > 0 ? s1 / n : 0, q2 = s2, q3 = s3, q4 = s4;
+      float inverse;  // of n; one step of Newton's makes up for what it lacks
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf((float)n, 1)));
+      const double about = (double)s1 * inverse, m = about + (s1 - about * n) * inverse;
+      const double q2 = s2, q3 = s3, q4 = s4;
       exact = absmax == 0 ||
               (absmax > 0x1p-20f && absmax < 0x1p24f && 5 * m * m * n < 4 * q2);
       out[0] = n;
@@ -446,25 +519,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
     }
     u32 again = __ballot_sync(~0u, !exact);
     while (again) {
-      const i64 which = slot_row + (i64)(__ffs(again) - 1) * WARPS;
+      const i64 row = slot_row + (i64)(__ffs(again) - 1) * WARPS;
       again &= again - 1;
-      centered(p, which, start, p.parts + (which * p.segments + blockIdx.x) * PART);
+      centered(p, row, start, p.parts + (row * p.segments + segment) * PART);
     }
     slot_row += (i64)slot * WARPS;
     slot = slot_bad = 0;
   }
 
   __syncthreads();
-  const int turn = (blockIdx.x + blockIdx.y * gridDim.x) * 32 * WARPS;  // not all at one address
-  for (int i = threadIdx.x; i < 2 * LOCAL_BINS; i += 32 * WARPS) {
-    const int at = (i + turn) % (2 * LOCAL_BINS), count = bins[at], bin = at % LOCAL_BINS;
-#if DTYPE == 1
-    const int global = min(bin << 3, BINS - 1);
+  constexpr int FOURS = (END - FIRST) / 4;  // of bins, of each sign: most are empty
+  const int turn = blockIdx.x * 32 * WARPS % (2 * FOURS);  // not all at one address
+  for (int i = threadIdx.x; i < 2 * FOURS; i += 32 * WARPS) {
+    const int at = i + turn - (i + turn < 2 * FOURS ? 0 : 2 * FOURS), negative = at >= FOURS;
+    const int bin = FIRST + 4 * (at - negative * FOURS);
+    const uint4 four = *(const uint4 *)(bins + bin + negative * NEGATIVE);
+    if (!(four.x | four.y | four.z | four.w))
+      continue;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#if DTYPE == 0
+      const int global = base - LOWEST + bin + j;
 #else
-    const int global = base - LOWEST + bin;
+      const int global = global_bin(element(bin + j, 0));
 #endif
-    if (count && global)
-      atomicAdd(p.histogram + global + (at < LOCAL_BINS ? BINS : 0), count);
+      if (word(four, j) && global)
+        atomicAdd(p.histogram + global + negative * BINS, (int)word(four, j));
+    }
   }
   __syncthreads();
 
@@ -476,7 +557,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
     for (int i = 0; i < PER_LANE; i++) {
       const int at = warp * SEGMENT + k * 32 * PER_LANE + lane * PER_LANE + i;
       all_squares[at] = squares[k * PER_LANE + i];
-      all_extremes[at] = element(extremes[4 * k + i / PER_WORD], i % PER_WORD);
+      all_extremes[at] = fabsf(element(extremes[4 * k + i / PER_WORD], i % PER_WORD));
     }
   __syncthreads();
   for (int i = threadIdx.x; i < SEGMENT && start + i < p.width; i += 32 * WARPS) {
@@ -486,8 +567,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) read_tensor(const Pa
       sum += all_squares[w * SEGMENT + i];
       extreme = fmaxf(extreme, all_extremes[w * SEGMENT + i]);
     }
-    p.squares_parts[(i64)blockIdx.y * p.width + start + i] = sum;
-    p.absmax_parts[(i64)blockIdx.y * p.width + start + i] = extreme;
+    p.squares_parts[(i64)chunk * p.width + start + i] = sum;
+    p.absmax_parts[(i64)chunk * p.width + start + i] = extreme;
   }
 }
 
@@ -498,7 +579,7 @@ struct Moments {
 // Two sets joined (Pebay, SAND2008-6212).
 __device__ Moments join(const Moments &a, const Moments &b) {
   const double n = a.n + b.n, d = b.mean - a.mean;
-  if (n == 0)
+  if (b.n == 0)
     return a;
   const double r = d / n, ab = a.n * b.n;
   return {n, a.mean + r * b.n, a.m2 + b.m2 + d * r * ab,
@@ -508,24 +589,39 @@ __device__ Moments join(const Moments &a, const Moments &b) {
               4 * r * (a.n * b.m3 - b.n * a.m3)};
 }
 
-// Join the segments of the rows, JOINERS threads to a row, and the chunks of the channels.
-extern "C" __global__ void join_parts(const Pass p) {
-  if ((int)blockIdx.x >= p.row_blocks) {
-    const int c = (blockIdx.x - p.row_blocks) * blockDim.x + threadIdx.x;
-    if (c >= p.width)
-      return;
+// Join the segments of the rows and the chunks of the channels, by JOINERS threads each.
+extern "C" __global__ void join_parts(const __grid_constant__ Batch batch) {
+  int which = 0;
+  while (which + 1 < batch.count && (int)blockIdx.x >= batch.passes[which + 1].first_joiner)
+    which++;
+  const Pass &p = batch.passes[which];
+  const int block = blockIdx.x - p.first_joiner;
+  if (block >= p.row_blocks) {
+    __shared__ double sums[JOINERS][32];
+    __shared__ float largest[JOINERS][32];
+    const int c = (block - p.row_blocks) * 32 + threadIdx.x % 32, part = threadIdx.x / 32;
     double squares = 0;
-    float absmax = p.absmax[c];
-    for (int i = 0; i < p.chunks; i++) {
-      squares += p.squares_parts[(i64)i * p.width + c];
-      absmax = fmaxf(absmax, p.absmax_parts[(i64)i * p.width + c]);
+    float absmax = 0;
+    if (c < p.width)
+      for (int i = part; i < p.chunks; i += JOINERS) {
+        squares += p.squares_parts[(i64)i * p.width + c];
+        absmax = fmaxf(absmax, p.absmax_parts[(i64)i * p.width + c]);
+      }
+    sums[part][threadIdx.x % 32] = squares;
+    largest[part][threadIdx.x % 32] = absmax;
+    __syncthreads();
+    if (part || c >= p.width)
+      return;
+    for (int i = 1; i < JOINERS; i++) {
+      squares += sums[i][threadIdx.x];
+      absmax = fmaxf(absmax, largest[i][threadIdx.x]);
     }
-    p.absmax[c] = absmax;
+    p.absmax[c] = fmaxf(absmax, p.absmax[c]);
     p.squares[c] += squares;
     p.counts[c] += (double)p.rows;
     return;
   }
-  const i64 row = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / JOINERS;
+  const i64 row = ((i64)block * blockDim.x + threadIdx.x) / JOINERS;
   const int part = threadIdx.x % JOINERS;
   Moments total = {0, 0, 0, 0, 0};
   double absmax = 0, errors[FORMATS + 1];
@@ -541,24 +637,27 @@ extern "C" __global__ void join_parts(const Pass p) {
       total = join(total, {in[0], in[1], in[2], in[3], in[4]});
       absmax = fmax(absmax, in[5]);
 #pragma unroll
-  for (int f = 0; f < FORMATS; f++)
+      for (int f = 0; f < FORMATS; f++)
         errors[f] += in[6 + f];
     }
-  for (int step = 1; step < JOINERS; step *= 2) {
+  for (int step = 1; step < JOINERS && step < p.segments; step *= 2) {
     const Moments other = {__shfl_down_sync(~0u, total.n, step), __shfl_down_sync(~0u, total.mean, step),
                            __shfl_down_sync(~0u, total.m2, step), __shfl_down_sync(~0u, total.m3, step),
                            __shfl_down_sync(~0u, total.m4, step)};
     total = join(total, other);
     absmax = fmax(absmax, __shfl_down_sync(~0u, absmax, step));
 #pragma unroll
-  for (int f = 0; f < FORMATS; f++)
+    for (int f = 0; f < FORMATS; f++)
       errors[f] += __shfl_down_sync(~0u, errors[f], step);
   }
   if (row >= p.rows || part)
     return;
-  double *out = p.found + row * RECORD;
-  out[0] = total.n, out[1] = total.mean, out[2] = total.m2, out[3] = total.m3, out[4] = total.m4;
-  out[5] = absmax;
+  double *out = p.found + row;  // a column for each value
+  const double moments[] = {total.n, total.mean, total.m2, total.m3, total.m4, absmax};
+#pragma unroll
+  for (int i = 0; i < 6; i++)
+    out[i * p.rows] = moments[i];
+#pragma unroll
   for (int f = 0; f < FORMATS; f++)
-    out[6 + f] = errors[f];
+    out[(6 + f) * p.rows] = errors[f];
 }

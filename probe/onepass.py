@@ -39,17 +39,29 @@ def one_pass(x: Tensor, formats: tuple[Format, ...], totals: Totals) -> Tensor:
     On a GPU the host does not wait. Formats with one scale per tensor take it from this `x`. Dtypes
     other than float32, bfloat16 and float16 are copied to float32 first.
     """
-    if x.dtype not in _DTYPES:
-        x = x.float()
-    compiled = _COMPILED.get(x.device.type)
-    if compiled is None or not compiled.available(x.device):
-        return eager(x, formats, totals)
-    fused, others, order = _split(compiled.fuses, formats, x.dtype)
-    rows: Tensor = compiled.one_pass(x, fused, totals)
+    return passes([x], formats, [totals])[0]
+
+
+def passes(
+    tensors: Sequence[Tensor], formats: tuple[Format, ...], totals: Sequence[Totals]
+) -> list[Tensor]:
+    """Do `one_pass` for tensors of one dtype and device, each with its totals.
+
+    On a GPU a launch reads many of them: small ones alone would not fill it.
+    """
+    tensors = [x if x.dtype in _DTYPES else x.float() for x in tensors]
+    device = tensors[0].device
+    compiled = _COMPILED.get(device.type)
+    if compiled is None or not compiled.available(device):
+        return [eager(x, formats, total) for x, total in zip(tensors, totals, strict=True)]
+    fused, others, order = _split(compiled.fuses, formats, tensors[0].dtype)
+    found: list[Tensor] = compiled.passes(tensors, fused, totals)
     if not others:
-        return rows
-    columns = [*rows.unbind(1), *eager_errors(x, others).unbind(1)]
-    return torch.stack([columns[i] for i in order], 1)
+        return found
+    for i, x in enumerate(tensors):
+        columns = [*found[i].unbind(1), *eager_errors(x, others).unbind(1)]
+        found[i] = torch.stack([columns[place] for place in order]).mT
+    return found
 
 
 @cache

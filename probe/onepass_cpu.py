@@ -39,25 +39,13 @@ _THREAD_ELEMENTS = 1 << 17  # fewer are not worth a thread and a histogram of it
 _log = logging.getLogger(__name__)
 
 
-class _Task(ctypes.Structure):
-    """The struct of the same name in onepass.c."""
+class _Pass(ctypes.Structure):
+    """The struct of the same name, but for the underscore, in onepass.c."""
 
     _fields_ = [
         ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("width", "first", "last", "dtype", "formats")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "group",
-                "half",
-                "found",
-                "channel_absmax",
-                "channel_squares",
-                "channel_bad",
-                "nonfinite",
-                "histogram",
-            )
-        ),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "dtype", "formats")),
+        *((name, ctypes.c_void_p) for name in ("group", "half", "found", *Totals._fields)),
         *((name, ctypes.c_int64) for name in ("shift", "lowest", "bins")),
     ]
 
@@ -72,38 +60,38 @@ def available(device: torch.device) -> bool:
     return _library() is not None
 
 
-def one_pass(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
-    """Do what onepass.one_pass says, for formats that this code `fuses`."""
-    x = x.contiguous()
+def passes(
+    tensors: Sequence[Tensor], formats: Sequence[Format], totals: Sequence[Totals]
+) -> list[Tensor]:
+    """Do what onepass.passes says, for formats that this code `fuses`."""
+    return [_read(x.contiguous(), formats, total) for x, total in zip(tensors, totals, strict=True)]
+
+
+def _read(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
     rows, width = x.shape
     threads = max(1, min(torch.get_num_threads(), x.numel() // _THREAD_ELEMENTS, rows))
-    found = torch.zeros(rows, 6 + len(formats), dtype=torch.float64)
-    extremes = torch.zeros(threads, width)
-    sums, bad = torch.zeros(2, threads, width, dtype=torch.float64)
-    lost = torch.zeros(threads, 2, dtype=torch.float64)
-    histograms = torch.zeros(threads - 1, len(totals.histogram), dtype=torch.int32)
+    # Nothing here may run in threads of torch's, which would go on to spin beside those of the pass.
+    found = torch.empty(rows, 6 + len(formats), dtype=torch.float64)
     groups = torch.tensor([fmt.group_size or width for fmt in formats], dtype=torch.int64)
     halves = torch.tensor([2.0 ** (fmt.bits - 1) for fmt in formats])
-    tasks = (_Task * threads)()
-    for i, task in enumerate(tasks):
-        task.x, task.width, task.dtype = x.data_ptr(), width, _DTYPES[x.dtype]
-        task.first, task.last = rows * i // threads, rows * (i + 1) // threads
-        task.formats, task.group, task.half = len(formats), groups.data_ptr(), halves.data_ptr()
-        task.found, task.nonfinite = found.data_ptr(), lost[i].data_ptr()
-        task.channel_absmax, task.channel_squares = extremes[i].data_ptr(), sums[i].data_ptr()
-        task.channel_bad = bad[i].data_ptr()
-        task.histogram = (histograms[i - 1] if i else totals.histogram).data_ptr()
-        task.shift, task.lowest, task.bins = _SHIFT, _LOWEST, _BINS
+    arguments = _Pass(
+        x.data_ptr(),
+        rows,
+        width,
+        _DTYPES[x.dtype],
+        len(formats),
+        groups.data_ptr(),
+        halves.data_ptr(),
+        found.data_ptr(),
+        *(total.data_ptr() for total in totals),
+        _SHIFT,
+        _LOWEST,
+        _BINS,
+    )
     library = _library()
     assert library is not None, "ask `available` first"
-    if library.bitplan_one_pass(tasks, ctypes.c_int64(threads)):
+    if library.bitplan_one_pass(ctypes.byref(arguments), ctypes.c_int64(threads)):
         raise MemoryError(f"no memory for rows of {width} elements")
-    for histogram in histograms:
-        totals.histogram.add_(histogram)
-    torch.maximum(totals.absmax, extremes.amax(0), out=totals.absmax)
-    totals.squares.add_(sums.sum(0))
-    totals.counts.add_(rows - bad.sum(0))
-    totals.nonfinite.add_(lost.sum(0))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The one pass on an NVIDIA GPU: onepass.cu, compiled while running and launched twice per tensor.
+"""The one pass on an NVIDIA GPU: onepass.cu, compiled while running and launched twice per batch.
 
 CUDA C++ and not Triton: a histogram exact for bfloat16 needs 25 thousand counters in shared memory
 that every warp adds to, and clamping by a saturated product, packed 16-bit maxima and sums on the
@@ -13,6 +13,7 @@ and onepass.py falls back on torch operations; BITPLAN_COMPILE=0 asks for that, 
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,9 +29,10 @@ from bitplan.probe.totals import Totals
 _SOURCE = Path(__file__).with_name("onepass.cu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WARPS = 16
-_SHARED_BYTES = 2048 + 4 * (2 << 14) + _WARPS * 32 * 36 * 4  # as onepass.cu lays it out
+_SHARED_BYTES = 4 * ((1 << 15) + 0x5800)  # as onepass.cu lays it out; float16 takes the most
 _ROWS_PER_WARP = 4  # fewer do not pay for a block's own histogram
 _JOIN_THREADS, _JOINERS = 256, 8
+_PASSES = 32  # tensors in a launch
 
 _log = logging.getLogger(__name__)
 
@@ -55,8 +57,24 @@ class _Pass(ctypes.Structure):
             )
         ),
         ("rows", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("width", "segments", "chunks", "row_blocks")),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "width",
+                "segments",
+                "chunks",
+                "row_blocks",
+                "first_reader",
+                "first_joiner",
+            )
+        ),
     ]
+
+
+class _Batch(ctypes.Structure):
+    """The struct `Batch` of onepass.cu."""
+
+    _fields_ = [("passes", _Pass * _PASSES), ("count", ctypes.c_int32)]
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class _Variant:
             "LOWEST": _LOWEST,
             "BINS": _BINS,
             "WARPS": _WARPS,
+            "PASSES": _PASSES,
         }
         lines = [f"#define {name} {value}" for name, value in constants.items()]
         return "\n".join([*lines, "#line 1", _SOURCE.read_text()])
@@ -110,53 +129,76 @@ def available(device: torch.device) -> bool:
     return _usable(device.index or 0)
 
 
-def one_pass(x: Tensor, formats: tuple[Format, ...], totals: Totals) -> Tensor:
-    """Do what onepass.one_pass says, for formats that this code `fuses`."""
-    x = x.contiguous()
-    rows, width = x.shape
-    index, address = x.device.index, x.data_ptr()
-    plan = _plan(x.dtype, width, address % 16 == 0, formats, index)
-    chunks = max(1, min(plan.chunks, rows // (_WARPS * _ROWS_PER_WARP)))
-    row_blocks = -(-_JOINERS * rows // _JOIN_THREADS)
-    record = 6 + len(formats)
-    partial = rows * plan.segments * (record + record % 2)
-    # The segments of rows, the chunks of channels' squares, and of their extremes, in float32.
-    parts = torch.empty(partial + 2 * chunks * width, dtype=torch.float64, device=x.device)
-    found = torch.empty(rows, record, dtype=torch.float64, device=x.device)
-    at = parts.data_ptr()
-    arguments = _Pass(
-        address,
-        at,
-        at + 8 * partial,
-        at + 8 * (partial + chunks * width),
-        found.data_ptr(),
-        *(total.data_ptr() for total in totals),
-        rows,
-        width,
-        plan.segments,
-        chunks,
-        row_blocks,
-    )
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    grid = (row_blocks + -(-width // _JOIN_THREADS), 1)
-    with torch.cuda.device(index):
-        stream = torch.cuda.current_stream(index).cuda_stream
-        _launch(plan.read, (plan.segments, chunks), 32 * _WARPS, _SHARED_BYTES, stream, pointers)
-        _launch(plan.join, grid, _JOIN_THREADS, 0, stream, pointers)
+def passes(
+    tensors: Sequence[Tensor], formats: tuple[Format, ...], totals: Sequence[Totals]
+) -> list[Tensor]:
+    """Do what onepass.passes says, for formats that this code `fuses`."""
+    tensors = [x.contiguous() for x in tensors]
+    plans: dict[_Plan, list[int]] = {}
+    for i, x in enumerate(tensors):
+        plan = _plan(x.dtype, x.shape[1], x.data_ptr() % 16 == 0, formats, x.device.index)
+        plans.setdefault(plan, []).append(i)
+    found: dict[int, Tensor] = {}
+    for plan, alike in plans.items():
+        for start in range(0, len(alike), _PASSES):
+            some = alike[start : start + _PASSES]
+            rows = _read(plan, [tensors[i] for i in some], len(formats), [totals[i] for i in some])
+            found |= zip(some, rows, strict=True)
+    return [found[i] for i in range(len(tensors))]
+
+
+def _read(
+    plan: "_Plan", tensors: Sequence[Tensor], formats: int, totals: Sequence[Totals]
+) -> list[Tensor]:
+    """Read tensors by one plan, in two launches; return their rows."""
+    device, record = tensors[0].device, 6 + formats
+    elements = sum(x.numel() for x in tensors)
+    segments = [-(-x.shape[1] // plan.segment) for x in tensors]
+    chunks = [
+        max(1, min(plan.blocks * x.numel() // elements // n, len(x) // (_WARPS * _ROWS_PER_WARP)))
+        for x, n in zip(tensors, segments, strict=True)
+    ]
+    # Of each: the segments of rows, the chunks of channels' squares, and their extremes, float32.
+    partial = [len(x) * n * (record + record % 2) for x, n in zip(tensors, segments, strict=True)]
+    channels = [x.shape[1] * n for x, n in zip(tensors, chunks, strict=True)]
+    parts = torch.empty(sum(partial) + 2 * sum(channels), dtype=torch.float64, device=device)
+    sizes = [record * len(x) for x in tensors]
+    found = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+    batch = _Batch(count=len(tensors))
+    part, place, reader, joiner = parts.data_ptr(), found.data_ptr(), 0, 0
+    for i, x in enumerate(tensors):
+        squares = part + 8 * partial[i]
+        extremes = squares + 8 * channels[i]
+        row_blocks = -(-_JOINERS * len(x) // _JOIN_THREADS)
+        addresses = [total.data_ptr() for total in totals[i]]
+        counts = (x.shape[1], segments[i], chunks[i], row_blocks, reader, joiner)
+        batch.passes[i] = _Pass(
+            x.data_ptr(), part, squares, extremes, place, *addresses, len(x), *counts
+        )
+        part, place = extremes + 8 * channels[i], place + 8 * sizes[i]
+        reader += segments[i] * chunks[i]
+        joiner += row_blocks + -(-_JOINERS * x.shape[1] // _JOIN_THREADS)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(batch))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _launch(plan.read, reader, 32 * _WARPS, _SHARED_BYTES, stream, pointers)
+        _launch(plan.join, joiner, _JOIN_THREADS, 0, stream, pointers)
+    columns = [part.view(record, -1) for part in torch.split(found, sizes)]
     if plan.places is None:
-        return found
-    return torch.stack([found[:, place] for place in plan.places], 1)  # an index would make it wait
+        return [rows.mT for rows in columns]
+    # An index would make it wait.
+    return [torch.stack([rows[place] for place in plan.places]).mT for rows in columns]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How tensors of one width, dtype and format list are read on one device."""
+    """How tensors are read for which one kernel on one device does."""
 
-    read: ctypes.c_void_p
-    join: ctypes.c_void_p
-    segments: int
-    chunks: int  # at the most
-    places: list[int] | None  # of a row's columns in the kernel's order, where that differs
+    read: int
+    join: int
+    segment: int  # channels of a block
+    blocks: int  # that run at a time
+    places: tuple[int, ...] | None  # of a row's columns, where the kernel's order is another
 
 
 @cache
@@ -172,21 +214,23 @@ def _plan(
         formats=tuple(formats[i] for i in order),
     )
     read, join = _kernels(variant, index)
-    segments = -(-width // variant.segment)
-    blocks = torch.cuda.get_device_properties(index).multi_processor_count
-    places = [*range(6), *(6 + order.index(i) for i in range(len(order)))]
+    places = (*range(6), *(6 + order.index(i) for i in range(len(order))))
     return _Plan(
         read=read,
         join=join,
-        segments=segments,
-        chunks=max(1, blocks // segments),
-        places=places if places != sorted(places) else None,
+        segment=variant.segment,
+        blocks=torch.cuda.get_device_properties(index).multi_processor_count,
+        places=places if places != tuple(sorted(places)) else None,
     )
 
 
 def _vectors(width: int, step: int) -> int:
     """Return how many times 16 bytes a lane takes of a row: what pads least, then the most."""
-    return min((4, 2, 1), key=lambda vectors: (-(-width // (step * vectors)) * vectors, -vectors))
+
+    def padded(vectors: int) -> int:
+        return -(-width // (step * vectors)) * vectors
+
+    return min((4, 3, 2, 1), key=lambda vectors: (padded(vectors), -vectors))
 
 
 @cache
@@ -236,7 +280,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @cache
-def _kernels(variant: _Variant, index: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+def _kernels(variant: _Variant, index: int) -> tuple[int, int]:
     """Compile a variant for a device, and return its two functions."""
     driver = _driver()
     module = ctypes.c_void_p()
@@ -245,13 +289,17 @@ def _kernels(variant: _Variant, index: int) -> tuple[ctypes.c_void_p, ctypes.c_v
     found = []
     with torch.cuda.device(index):
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
-    for name in (b"read_tensor", b"join_parts"):
+    for name in (b"read_tensors", b"join_parts"):
         function = ctypes.c_void_p()
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name))
         found.append(function)
     dynamic_shared_memory = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(found[0], dynamic_shared_memory, _SHARED_BYTES))
-    return found[0], found[1]
+    # Or the multiprocessors would divide their memory anew from one kernel to the next.
+    shared_carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, a percentage
+    _check(driver.cuFuncSetAttribute(found[1], shared_carveout, 100))
+    read, join = (function.value or 0 for function in found)
+    return read, join
 
 
 def _cubin(variant: _Variant, architecture: str) -> bytes:
@@ -277,8 +325,8 @@ def _cubin(variant: _Variant, architecture: str) -> bytes:
 
 
 def _launch(
-    function: ctypes.c_void_p,
-    grid: tuple[int, int],
+    function: int,
+    blocks: int,
     threads: int,
     shared_bytes: int,
     stream: int,
@@ -286,7 +334,7 @@ def _launch(
 ) -> None:
     _check(
         _driver().cuLaunchKernel(
-            function, *grid, 1, threads, 1, 1, shared_bytes, stream, pointers, None
+            function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None
         )
     )
 

@@ -42,13 +42,13 @@ from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.probe.observe import Observation, observe
 from bitplan.probe.ranks import Ranks, whole_tensor
 from bitplan.probe.streams import Streams
-from bitplan.probe.tensor_stats import TOP_TOKENS, TensorStats, fetch
+from bitplan.probe.tensor_stats import TOP_TOKENS, TensorStats, fetch, update_all
 from bitplan.probe.weights import gate_up_partners, row_cosines
 from bitplan.sites import OPERANDS, Linear, site_columns
 from bitplan.tables import ERRORS, PROFILE
 
 _WRAPPED = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}
-_COSINE_ELEMENTS = 1 << 26  # of gates that are compared with their ups at once
+_TOGETHER_ELEMENTS = 1 << 26  # of weights that are read, or gates compared with ups, at once
 _PENDING_ROWS = 1 << 17  # tokens of a step that are settled for all sites at once
 _NO_BACKWARD = -1  # torch's id of the backward pass that runs, if none does
 
@@ -280,6 +280,7 @@ class Recorder:
         pairs: dict[_Weight, tuple[Tensor, Tensor]] = {}
         cosines: dict[_Weight, _Quotient] = {}
         waiting: dict[_Weight, tuple[Tensor, bool]] = {}
+        unread: list[tuple[TensorStats, Tensor]] = []
         if self._ranks is not None and self._plain is not None:
             self._ranks.shard(self._plain)
         for weight in dict.fromkeys(self._weights):
@@ -287,7 +288,7 @@ class Recorder:
             if mine:
                 if weight.stats is None or weight.stats.device != rows.device:
                     weight.stats = self._new_stats(weight.module.linear, "weight", rows.device)
-                weight.stats.update(rows)
+                unread.append((weight.stats, rows))
                 found[weight] = weight.stats
                 drifts[weight] = _drift(weight, rows)
             if weight.partner is weight and mine:
@@ -299,9 +300,13 @@ class Recorder:
                     pairs[weight.partner] = other, rows
             elif weight.partner is not None:
                 waiting[weight] = rows, mine
-            if sum(gate.numel() for gate, _ in pairs.values()) >= _COSINE_ELEMENTS:
+            # Gathered weights are not kept until all are.
+            if sum(rows.numel() for _, rows in unread) >= _TOGETHER_ELEMENTS:
+                _read(unread)
+            if sum(gate.numel() for gate, _ in pairs.values()) >= _TOGETHER_ELEMENTS:
                 cosines |= zip(pairs, _cosines(list(pairs.values())), strict=True)
-                pairs.clear()  # gathered weights are not kept until all are
+                pairs.clear()
+        _read(unread)
         cosines |= zip(pairs, _cosines(list(pairs.values())), strict=True)
         nothing = _Quotient()
         return [
@@ -394,6 +399,12 @@ def _check_input(x: object, linear: Linear) -> None:
         )
 
 
+def _read(unread: list[tuple[TensorStats, Tensor]]) -> None:
+    """Read tensors into their statistics, and forget them."""
+    update_all([stats for stats, _ in unread], [rows for _, rows in unread])
+    unread.clear()
+
+
 def _drift(weight: _Weight, rows: Tensor) -> _Quotient:
     """Return |W - W0|^2 over |W0|^2."""
     if weight.initial is None:
@@ -410,7 +421,7 @@ def _cosines(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Quotient]:
         if len(gate):
             groups.setdefault((gate.shape, gate.dtype, gate.device), []).append(i)
     for group in groups.values():
-        size = max(1, _COSINE_ELEMENTS // pairs[group[0]][0].numel())
+        size = max(1, _TOGETHER_ELEMENTS // pairs[group[0]][0].numel())
         for start in range(0, len(group), size):
             some = group[start : start + size]
             gates, ups = (torch.stack([pairs[i][side] for i in some]) for side in (0, 1))

@@ -32,7 +32,7 @@ from torch import Tensor
 from bitplan.formats import Format, Operand, parse_format
 from bitplan.probe.histogram import read_histogram
 from bitplan.probe.moments import moments_of, pool, shape_of
-from bitplan.probe.onepass import ROW, one_pass
+from bitplan.probe.onepass import ROW, one_pass, passes
 from bitplan.probe.totals import Totals, empty_totals
 
 TOP = 8
@@ -63,6 +63,7 @@ _COUNTS = ("count", "nan_count", "inf_count")
 # error in each format.
 _N, _MEAN = 0, 1
 _FIRST, _SEQUENCE, _ABSMAX, _ERRORS = 5, 6, 8, 9
+_ROW_ABSMAX = ROW - 1  # where a row of a pass has its largest |x|, after its moments
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,11 @@ class TensorStats:
             self.sequences += x.shape[0]
         else:
             pending = _Rows(found, positions=positions, sequences=sequences)
-        self._pending.append(pending)
-        self.rows += rows.shape[0]
+        self._take(pending)
+
+    def _take(self, rows: _Rows) -> None:
+        self._pending.append(rows)
+        self.rows += len(rows.found)
         if sum(len(pending.found) for pending in self._pending) > self.pending_rows:
             settle([self])
 
@@ -274,6 +278,19 @@ class TensorStats:
 
 
 @torch.no_grad()
+def update_all(stats: Sequence[TensorStats], tensors: Sequence[Tensor]) -> None:
+    """Take in a tensor [rows, in_features] for each, as `update`; many are read together."""
+    alike: dict[Any, list[tuple[TensorStats, Tensor]]] = {}
+    for one, x in zip(stats, tensors, strict=True):
+        if len(x):
+            alike.setdefault((one.formats, x.dtype, x.device), []).append((one, x.detach()))
+    for (formats, _, _), group in alike.items():
+        found = passes([x for _, x in group], formats, [one._totals for one, _ in group])
+        for (one, _), rows in zip(group, found, strict=True):
+            one._take(_Rows(rows))
+
+
+@torch.no_grad()
 def settle(stats: Sequence[TensorStats]) -> None:
     """Take in the rows that are pending: pool them, or keep them while they are top tokens.
 
@@ -288,23 +305,44 @@ def settle(stats: Sequence[TensorStats]) -> None:
             key = one.device, one.operand, len(one.formats), len(one._top), kinds, alike
             groups.setdefault(key, []).append(one)
     for group in groups.values():
-        device = group[0].device
-        found = torch.cat([rows.found.to(device) for one in group for rows in one._pending])
-        where = torch.cat([rows.places(device) for rows in group[0]._pending])
-        found = found.view(len(group), len(where), -1)
-        moments, absmax, errors = torch.split(found, [5, 1, found.shape[-1] - ROW], dim=-1)
-        rows = torch.cat([moments, where.expand(len(group), -1, -1), absmax, errors], dim=-1)
-        top, pooled = _kept(
-            group[0].operand,
-            torch.stack([one._top for one in group]),
-            torch.stack([one._pooled for one in group]),
-            rows,
-        )
-        sums = errors.sum(1), (errors * where[:, :1]).sum(1)
-        for one, kept, rest, error, first_error in zip(group, top, pooled, *sums, strict=True):
-            one._top, one._pooled, one._pending, one._settled = kept, rest, [], True
-            # Not in place: what was gathered in inference mode may be settled outside of it.
-            one._errors, one._first_errors = one._errors + error, one._first_errors + first_error
+        device, operand, pending = group[0].device, group[0].operand, group[0]._pending
+        # Columns first: with rows first, to read one column of all rows is to read all of them.
+        found = torch.cat([rows.found.to(device).mT for one in group for rows in one._pending], 1)
+        found = found.view(len(found), len(group), -1)
+        where = torch.cat([rows.places(device) for rows in pending]).mT
+        places = torch.cat(_beginnings(pending, device))
+        top = torch.stack([one._top for one in group])
+        pooled = torch.stack([one._pooled for one in group])
+        rest = torch.ones_like(found[0])
+        if operand == "input":
+            order = found[_ROW_ABSMAX].float().sort(dim=-1, descending=True, stable=True).indices
+            order = order[:, :TOP_TOKENS]
+            rest.scatter_(1, order, 0)
+            picked = found.gather(2, order.expand(len(found), -1, -1))
+            parts = [picked[:_ROW_ABSMAX], where[:, order], picked[_ROW_ABSMAX:]]
+            top, pooled = _kept(operand, top, pooled, torch.cat(parts).movedim(0, -1))
+        first = found[:, :, places] * where[0, places]
+        others = found[:_ROW_ABSMAX] * (rest * (1 - where[0]))
+        parts = [others, first[:_ROW_ABSMAX] * rest[:, places]]
+        split = torch.stack([pool(part.movedim(0, -1)) for part in parts], dim=1)
+        pooled = pool(torch.stack([pooled, split], dim=2))
+        errors = torch.stack([one._errors for one in group]) + found[ROW:].sum(-1).mT
+        first_errors = torch.stack([one._first_errors for one in group]) + first[ROW:].sum(-1).mT
+        # Not in place: what was gathered in inference mode may be settled outside of it.
+        states = (values.unbind() for values in (top, pooled, errors, first_errors))
+        for one, *state in zip(group, *states, strict=True):
+            one._top, one._pooled, one._errors, one._first_errors = state
+            one._pending, one._settled = [], True
+
+
+def _beginnings(pending: Sequence[_Rows], device: torch.device) -> list[Tensor]:
+    """Return the numbers of the rows that may be first tokens, among all that are pending."""
+    found, end = [], 0
+    for rows in pending:
+        start, end = end, end + len(rows.found)
+        last = start if rows.length is None and rows.positions is None else end
+        found.append(torch.arange(start, last, rows.length or 1, device=device))
+    return found
 
 
 def _kept(operand: Operand, top: Tensor, pooled: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from bitplan.formats import Format, parse_formats
 from bitplan.probe import onepass_cpu
 from bitplan.probe.histogram import _BINS
 from bitplan.probe.moments import pool
-from bitplan.probe.onepass import ROW, eager, one_pass
+from bitplan.probe.onepass import ROW, eager, one_pass, passes
 from bitplan.probe.totals import Totals, empty_totals
 
 TOLERANCE = 1e-3
@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "heavy tails": lambda x: x**5,
     "small": lambda x: 1e-6 * x,
     "large": lambda x: 1e4 * x,
+    "beyond the histogram": lambda x: 1e11 * x,
     "one-sided": lambda x: x.exp(),
     "sparse": lambda x: x.relu() * (x > 1),
     "constant": lambda x: torch.full_like(x, -0.3),
@@ -227,6 +228,22 @@ def test_the_same_data_gives_the_same_bits(path: Path_) -> None:
     x = make("heavy tails", (3000, 384), torch.bfloat16, bad=1e-3)
     (first, one), (second, other) = (run(path, [x], FORMATS) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip((*first, *one), (*second, *other), strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_read_together_are_read_as_alone(device: str, dtype: torch.dtype) -> None:
+    shapes = [(1 + 40 * i % 301, (96, 256, 768, 2056)[i % 4]) for i in range(150)]
+    tensors = [make("heavy tails", s, dtype, i, 1e-3).to(device) for i, s in enumerate(shapes)]
+    together, alone = (
+        [empty_totals(width, torch.device(device)) for _, width in shapes] for _ in range(2)
+    )
+    rows = passes(tensors, FORMATS, together)
+    for x, found, total, expected in zip(tensors, rows, together, alone, strict=True):
+        assert torch.equal(found, one_pass(x, FORMATS, expected))
+        torch.testing.assert_close(total.squares, expected.squares, rtol=1e-6, atol=0)
+        left, right = (totals._replace(squares=totals.counts) for totals in (total, expected))
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @compiled
