@@ -15,7 +15,7 @@ OPTIONS = {
     "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only --stream "
     "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --formats "
-    "--per-role --json",
+    "--per-role --measure --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --data --arms "
     "--device --seed --trust-remote-code --json",
     "report": "-o --output --json",
