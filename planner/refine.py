@@ -52,13 +52,14 @@ def near_moves(
     loss = np.array([_loss(problem, one) for one in after]) - _loss(problem, choice)
     used = np.array([[c.total(problem, one) for c in costs] for one in after])
     used = (used - np.array([c.total(problem, choice) for c in costs])).reshape(len(moves), -1)
+    cell = np.array([2 * move.group + move.is_input for move in moves])
     saving = np.flatnonzero(loss <= 0)
     closeness = np.full(len(moves), np.inf)
     alone = (used[saving] <= room + tolerance).all(axis=1)
     closeness[saving[alone]] = loss[saving[alone]]
     for i in np.flatnonzero(loss > 0).tolist():
         fits = (used[saving] + used[i] <= room + tolerance).all(axis=1)
-        fits &= np.array([_cell(moves[j]) != _cell(moves[i]) for j in saving.tolist()], dtype=bool)
+        fits &= cell[saving] != cell[i]
         partners = saving[fits]
         cost = loss[partners] + loss[i]
         closeness[i] = cost.min(initial=np.inf)
@@ -113,10 +114,6 @@ def _moves(problem: Problem, choice: Ints) -> Iterator[Move]:
         for format_ in np.flatnonzero(formats).tolist():
             if format_ != now:
                 yield Move(group, bool(is_input), format_)
-
-
-def _cell(move: Move) -> tuple[int, bool]:
-    return move.group, move.is_input
 
 
 def _members(problem: Problem, move: Move) -> Bools:
