@@ -79,8 +79,10 @@ class Problem:
     stderr: Floats
     method: NDArray[Any]
     """[S, F]: `gradient`, `intervention` or None."""
+    predicted: Floats
+    """[S, F]: predictions of all that was measured, NaN elsewhere; see predict.py."""
     objective: Floats
-    """[S, F]: what is minimized, summed over sites; see predict.py."""
+    """[S, F]: what is minimized, summed over sites: `predicted` where it is needed, else 0."""
     in_nats: bool
     """Whether `objective` is a loss, or without sensitivities only an order."""
     shares: Mapping[Share, Sequence[int]]
@@ -173,7 +175,9 @@ def read_problem(
         bits=np.array([[f.effective_bits(s.in_features) for f in columns] for s in sites]),
         params=params,
         macs=params * _routed(sites, linear, len(linears)),
-        **dict.fromkeys(("relative_error", "raw", "stderr", "method", "objective"), _NONE),
+        **dict.fromkeys(
+            ("relative_error", "raw", "stderr", "method", "predicted", "objective"), _NONE
+        ),
         in_nats=sensitivity is not None,
         shares={},
     )
@@ -302,6 +306,7 @@ def _predictions(
         "raw": raw,
         "stderr": stderr,
         "method": method,
+        "predicted": objective,
         "objective": np.where(needed, objective, 0.0),
     }
 
