@@ -26,7 +26,6 @@ import numpy as np
 from bitplan.errors import PlanError
 from bitplan.formats import Format, Operand
 from bitplan.law import FC2_AT_8, PAPER, LawSet
-from bitplan.planner import predict
 from bitplan.planner.problem import Bools, Ints, Problem
 from bitplan.planner.reasons import decisions
 from bitplan.sites import OPERANDS, PLANNED_ROLES
@@ -132,7 +131,7 @@ def _kinds(problem: Problem) -> dict[str, Bools]:
 
 def _factors(problem: Problem, law: Outlook) -> dict[str, float]:
     """Return the factor of each kind; 1 for one whose predictions are all 0."""
-    loss = np.nan_to_num(predict.denoise(problem.raw, problem.formats), nan=0.0)
+    loss = np.nan_to_num(problem.predicted, nan=0.0)
     kinds = _kinds(problem)
 
     def total(kind: str, f: int) -> float:

@@ -83,8 +83,10 @@ class Problem:
     """[S, F]: the standard error of the predicted change of loss; NaN where it is not known."""
     kl: Floats
     """[S, F]: predicted KL divergence, nats per token; NaN where there is none."""
+    predicted: Floats
+    """[S, F]: predictions of all that was measured, NaN elsewhere; see predict.py."""
     objective: Floats
-    """[S, F]: what is minimized, summed over sites; see predict.py."""
+    """[S, F]: what is minimized, summed over sites: `predicted` where it is needed, else 0."""
     in_nats: bool
     """Whether `objective` is a loss, or without sensitivities only an order."""
     notes: tuple[str, ...] = ()
@@ -190,7 +192,16 @@ def read_problem(
     return replace(bare, **_predictions(bare, errors, sensitivity))
 
 
-_PREDICTED = ("relative_error", "raw", "stderr", "method", "predicted_stderr", "kl", "objective")
+_PREDICTED = (
+    "relative_error",
+    "raw",
+    "stderr",
+    "method",
+    "predicted_stderr",
+    "kl",
+    "predicted",
+    "objective",
+)
 _NOT_YET: dict[str, Any] = dict.fromkeys(_PREDICTED, np.empty((0, 0)))
 
 
@@ -318,6 +329,7 @@ def _predictions(
         "predicted_stderr": predicted_stderr,
         "kl": kl,
         "notes": notes,
+        "predicted": objective,
         "objective": np.where(needed, objective, 0.0),
     }
 
