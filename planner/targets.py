@@ -195,7 +195,7 @@ TARGETS = {
             formats=COMPRESSED_FORMATS,
             fuses=True,
             notes=(NO_NVFP4_MIX, "give `oneshot` a directory, not a model in memory"),
-            checked="scheme and storage of every module after `oneshot`, saved and loaded again",
+            checked="scheme and storage of every module, saved and loaded again, errors",
         ),
         Target(
             name="torchao",
@@ -209,7 +209,7 @@ TARGETS = {
                 "inputs of 4 bits exist in training only: target torchao-qat",
                 "8-bit inputs have a zero point there, which can only make them finer",
             ),
-            checked="type of every quantized weight after `quantize_`, and the JSON round trip",
+            checked="type of every quantized weight after `quantize_`, the JSON round trip, errors",
         ),
         Target(
             name="torchao-qat",
@@ -220,7 +220,7 @@ TARGETS = {
                 "fake quantization for training; what it runs afterwards is target torchao",
                 "inputs have a zero point there, which can only make them finer",
             ),
-            checked="the fake quantizers of every module after `quantize_`, and a backward pass",
+            checked="both fake quantizers of every module, a backward pass, errors",
         ),
         Target(
             name="modelopt",
@@ -231,7 +231,7 @@ TARGETS = {
             ),
             formats=("int4-g32", "int4-token", "int8-token"),
             notes=("NVFP4 and MXFP4 are simulated on CUDA only",),
-            checked="bits, blocks and state of both quantizers of every module, a backward pass",
+            checked="both quantizers of every module, a backward pass, errors",
         ),
         Target(
             name="autoround",
@@ -243,7 +243,7 @@ TARGETS = {
             formats=("int4-g32", "int4-token", "int8-token"),
             names_all=True,
             notes=("keep the `__main__` guard: AutoRound starts a process",),
-            checked="`layer_config` as AutoRound gives it back, and every module's attributes",
+            checked="`layer_config` as it gives it back, every module's attributes, errors",
         ),
         Target(
             name="llama.cpp",

@@ -29,7 +29,13 @@ def spelled(scheme: Any, prefix: str = "") -> str:
 
 
 def test_every_module_is_rounded_as_planned(
-    every_pair: Any, exported: Any, use: Any, llama: Any, planned: Any, tmp_path: Path
+    every_pair: Any,
+    exported: Any,
+    use: Any,
+    llama: Any,
+    planned: Any,
+    errors_beside_ours: Any,
+    tmp_path: Path,
 ) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -54,3 +60,5 @@ def test_every_module_is_rounded_as_planned(
             row = vars(module)
             left[name.removesuffix(".orig_layer")] = (spelled(row), spelled(row, "act_"))
     assert left == planned(layers)
+    ratios = errors_beside_ours(layers, llama(layers), model)
+    assert all(0.3 < ratio < 2 for ratio in ratios.values()), ratios
