@@ -27,7 +27,7 @@ from bitplan.planner.problem import Ints, Problem, read_problem
 from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
-from bitplan.planner.targets import check_formats, find_target
+from bitplan.planner.targets import check_family, check_formats, find_target
 from bitplan.planner.text import plan_text
 from bitplan.rundir import RunDir, file_hash
 from bitplan.sites import PLANNED_ROLES
@@ -95,6 +95,7 @@ def plan_of(directory: RunDir, options: PlanOptions) -> tuple[Plan, pl.DataFrame
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
     if target is not None:
         inputs = (profile["operand"] == "input").any()
+        check_family(target, directory.manifest.get("model", {}).get("family"))
         check_formats(target, parse_formats(options.formats), inputs=inputs)
     measured = (directory.path / SENSITIVITY.file).is_file()
     problem = read_problem(

@@ -32,6 +32,8 @@ TOKEN_INT = r"int[48]-token"
 LINEARS = (*PLANNED_ROLES, "lm_head", "other")
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+# Families whose linears are Conv1D modules, [in_features, out_features].
+CONV1D = ("gpt2", "openai-gpt")
 SHOWN = 3
 
 
@@ -75,6 +77,8 @@ class Target:
     fuses: bool = False
     """Whether linears that bitplan plans together must agree for it to run right."""
     roles: tuple[str, ...] = LINEARS
+    conv1d: bool = False
+    """Whether it is known to take the families in CONV1D."""
     names_all: bool = False
     """Whether it quantizes what its file does not name."""
     notes: tuple[str, ...] = ()
@@ -256,6 +260,7 @@ TARGETS = {
             ),
             formats=("int4-g32", "int5-g32", "int8-g32", "bf16"),
             roles=(*LINEARS, "embed"),
+            conv1d=True,
             names_all=True,
             notes=("weights only: the inputs' width is the kernel's own; plan them as bf16",),
             checked="types of every tensor in the file that `llama-quantize` wrote",
@@ -269,6 +274,16 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise PlanError(f"unknown target {name!r}: the targets are {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def check_family(target: Target, family: str | None) -> None:
+    """Raise PlanError for a family of models whose linears the target would pass over."""
+    if family in CONV1D and not target.conv1d:
+        others = ", ".join(t.name for t in TARGETS.values() if t.conv1d)
+        raise PlanError(
+            f"{target.name} ({target.library}) is not known to quantize the Conv1D modules of "
+            f"{family}: plan for {others}, or without --target"
+        )
 
 
 def check_formats(target: Target, formats: Iterable[Format], *, inputs: bool = True) -> None:
