@@ -36,10 +36,12 @@ def test_every_module_is_rounded_as_planned(
     planned: Any,
     errors_beside_ours: Any,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    monkeypatch.chdir(tmp_path)  # it keeps a work folder in the current one
     layers = every_pair("autoround")
     llama(layers).save_pretrained(tmp_path / "model")
     words = {str(i): i for i in range(256)}
