@@ -25,7 +25,7 @@ from bitplan.planner.export_torchao import torchao, torchao_qat
 from bitplan.planner.layers import Group, Layer
 from bitplan.planner.plan import Plan, read_plan
 from bitplan.planner.stage import plan_of
-from bitplan.planner.targets import Target, find_target, some
+from bitplan.planner.targets import Target, check_family, find_target, some
 from bitplan.rundir import RunDir, write_all
 from bitplan.tables import ERRORS, PROFILE
 
@@ -96,6 +96,7 @@ def export_plan(run: Path, name: str, output: Path | None = None) -> Exported:
     target = find_target(name)
     directory = RunDir.open(run)
     with directory.lock():
+        check_family(target, directory.manifest.get("model", {}).get("family"))
         plan = read_plan(directory)
         layers = read_layers(plan, directory.read_table(PROFILE.file))
         if found := target.objections(layers):

@@ -31,7 +31,7 @@ from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.refine import kl_of, stderr_of
 from bitplan.planner.rules import RULES, find_rule
 from bitplan.planner.search import best
-from bitplan.planner.targets import check_formats, find_target
+from bitplan.planner.targets import check_family, check_formats, find_target
 from bitplan.planner.text import plan_text
 from bitplan.planner.trained import Trained, read_trained
 from bitplan.rundir import RunDir, content_hash, file_hash, provenance_of
@@ -138,6 +138,7 @@ def plan_of(
     profile, errors = (directory.read_table(t.file) for t in (PROFILE, ERRORS))
     if target is not None:
         inputs = (profile["operand"] == "input").any()
+        check_family(target, directory.manifest.get("model", {}).get("family"))
         check_formats(target, parse_formats(options.formats), inputs=inputs)
     measured = (directory.path / SENSITIVITY.file).is_file()
     problem = read_problem(

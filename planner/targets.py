@@ -32,6 +32,8 @@ TOKEN_INT = r"int[48]-token"
 LINEARS = (*PLANNED_ROLES, "lm_head", "other")
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+# Families whose linears are Conv1D modules, [in_features, out_features].
+CONV1D = ("gpt2", "openai-gpt")
 SHOWN = 3
 
 
@@ -75,6 +77,8 @@ class Target:
     fuses: bool = False
     """Whether linears that bitplan plans together must agree for it to run right."""
     roles: tuple[str, ...] = LINEARS
+    conv1d: bool = False
+    """Whether it is known to take the families in CONV1D."""
     names_all: bool = False
     """Whether it quantizes what its file does not name."""
     notes: tuple[str, ...] = ()
@@ -195,7 +199,7 @@ TARGETS = {
             formats=COMPRESSED_FORMATS,
             fuses=True,
             notes=(NO_NVFP4_MIX, "give `oneshot` a directory, not a model in memory"),
-            checked="scheme and storage of every module after `oneshot`, saved and loaded again",
+            checked="scheme and storage of every module, saved and loaded again, errors",
         ),
         Target(
             name="torchao",
@@ -209,7 +213,7 @@ TARGETS = {
                 "inputs of 4 bits exist in training only: target torchao-qat",
                 "8-bit inputs have a zero point there, which can only make them finer",
             ),
-            checked="type of every quantized weight after `quantize_`, and the JSON round trip",
+            checked="type of every quantized weight after `quantize_`, the JSON round trip, errors",
         ),
         Target(
             name="torchao-qat",
@@ -220,7 +224,7 @@ TARGETS = {
                 "fake quantization for training; what it runs afterwards is target torchao",
                 "inputs have a zero point there, which can only make them finer",
             ),
-            checked="the fake quantizers of every module after `quantize_`, and a backward pass",
+            checked="both fake quantizers of every module, a backward pass, errors",
         ),
         Target(
             name="modelopt",
@@ -231,7 +235,7 @@ TARGETS = {
             ),
             formats=("int4-g32", "int4-token", "int8-token"),
             notes=("NVFP4 and MXFP4 are simulated on CUDA only",),
-            checked="bits, blocks and state of both quantizers of every module, a backward pass",
+            checked="both quantizers of every module, a backward pass, errors",
         ),
         Target(
             name="autoround",
@@ -243,7 +247,7 @@ TARGETS = {
             formats=("int4-g32", "int4-token", "int8-token"),
             names_all=True,
             notes=("keep the `__main__` guard: AutoRound starts a process",),
-            checked="`layer_config` as AutoRound gives it back, and every module's attributes",
+            checked="`layer_config` as it gives it back, every module's attributes, errors",
         ),
         Target(
             name="llama.cpp",
@@ -256,6 +260,7 @@ TARGETS = {
             ),
             formats=("int4-g32", "int5-g32", "int8-g32", "bf16"),
             roles=(*LINEARS, "embed"),
+            conv1d=True,
             names_all=True,
             notes=("weights only: the inputs' width is the kernel's own; plan them as bf16",),
             checked="types of every tensor in the file that `llama-quantize` wrote",
@@ -269,6 +274,16 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise PlanError(f"unknown target {name!r}: the targets are {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def check_family(target: Target, family: str | None) -> None:
+    """Raise PlanError for a family of models whose linears the target would pass over."""
+    if family in CONV1D and not target.conv1d:
+        others = ", ".join(t.name for t in TARGETS.values() if t.conv1d)
+        raise PlanError(
+            f"{target.name} ({target.library}) is not known to quantize the Conv1D modules of "
+            f"{family}: plan for {others}, or without --target"
+        )
 
 
 def check_formats(target: Target, formats: Iterable[Format], *, inputs: bool = True) -> None:

@@ -29,11 +29,19 @@ def spelled(scheme: Any, prefix: str = "") -> str:
 
 
 def test_every_module_is_rounded_as_planned(
-    every_pair: Any, exported: Any, use: Any, llama: Any, planned: Any, tmp_path: Path
+    every_pair: Any,
+    exported: Any,
+    use: Any,
+    llama: Any,
+    planned: Any,
+    errors_beside_ours: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    monkeypatch.chdir(tmp_path)  # it keeps a work folder in the current one
     layers = every_pair("autoround")
     llama(layers).save_pretrained(tmp_path / "model")
     words = {str(i): i for i in range(256)}
@@ -54,3 +62,5 @@ def test_every_module_is_rounded_as_planned(
             row = vars(module)
             left[name.removesuffix(".orig_layer")] = (spelled(row), spelled(row, "act_"))
     assert left == planned(layers)
+    ratios = errors_beside_ours(layers, llama(layers), model)
+    assert all(0.3 < ratio < 2 for ratio in ratios.values()), ratios

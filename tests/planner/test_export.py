@@ -95,6 +95,18 @@ def test_nothing_to_export_is_one_line(tables: Callable[..., Any], tmp_path: Pat
         export_plan(run, "onnx")
 
 
+def test_conv1d_modules_are_not_passed_over_in_silence(planned: Make) -> None:
+    run = planned()
+    directory = RunDir.open(run)
+    manifest = directory.manifest
+    manifest["model"]["family"] = "gpt2"
+    directory.write_json("run.json", manifest)
+    with pytest.raises(PlanError, match=r"Conv1D modules of gpt2: plan for llama\.cpp"):
+        export_plan(run, "vllm")
+    with pytest.raises(PlanError, match="Conv1D modules of gpt2"):
+        make_plan(run, PlanOptions(formats=FORMATS, target="vllm"))
+
+
 def test_the_command_refuses_in_one_line_with_exit_code_2(planned: Make) -> None:
     run = planned()
     done = CliRunner().invoke(main, ["export", str(run), "--to", "vllm"])
