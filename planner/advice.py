@@ -116,7 +116,12 @@ def scale_to_law(problem: Problem, law: Outlook) -> tuple[Problem, dict[str, flo
     factors, kinds = _factors(problem, law), _kinds(problem)
     scale = sum((factor * kinds[name] for name, factor in factors.items()), start=0.0)
     scale = np.where(np.any(list(kinds.values()), axis=0), scale, 1.0)
-    return replace(problem, objective=problem.objective * scale[:, None]), factors
+    scaled = replace(
+        problem,
+        objective=problem.objective * scale[:, None],
+        predicted_stderr=problem.predicted_stderr * scale[:, None],
+    )
+    return scaled, factors
 
 
 def _kinds(problem: Problem) -> dict[str, Bools]:

@@ -45,7 +45,7 @@ def test_forward_equals_the_papers_definition_exactly(
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((3, cols)) * rng.lognormal(0, 3, (3, 1))
     values[0, : cols // 2] = 0
-    x = torch.tensor(values).to(dtype)
+    x = torch.tensor(values.clip(-6e4, 6e4)).to(dtype)  # within what float16 holds
     expected = torch.tensor(naive(x.float().numpy(), bits, group)).to(dtype)
     found = fake_quantize(x, parse_format(f"int{bits}-g{group}"))
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
