@@ -554,10 +554,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 #pragma unroll
   for (int k = 0; k < VECTORS; k++)
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int at = warp * SEGMENT + k * 32 * PER_LANE + lane * PER_LANE + i;
-      all_squares[at] = squares[k * PER_LANE + i];
-      all_extremes[at] = fabsf(element(extremes[4 * k + i / PER_WORD], i % PER_WORD));
+    for (int i = 0; i < PER_LANE; i += 4) {
+      const int at = warp * SEGMENT + (k * 32 + lane) * PER_LANE + i;
+      float square[4], extreme[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        square[j] = squares[k * PER_LANE + i + j];
+        extreme[j] = fabsf(element(extremes[4 * k + (i + j) / PER_WORD], (i + j) % PER_WORD));
+      }
+      *(float4 *)(all_squares + at) = make_float4(square[0], square[1], square[2], square[3]);
+      *(float4 *)(all_extremes + at) = make_float4(extreme[0], extreme[1], extreme[2], extreme[3]);
     }
   __syncthreads();
   for (int i = threadIdx.x; i < SEGMENT && start + i < p.width; i += 32 * WARPS) {
