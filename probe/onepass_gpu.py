@@ -6,7 +6,7 @@ matrix units are instructions that Triton does not let one choose.
 
 NVRTC, which comes with torch, compiles one variant per dtype, format list and width class, in about
 a second, once per process. A launch fills one struct and never waits. Needed: a device that gives a
-block 204 KB of shared memory (Hopper and later data-center GPUs). On others a warning says so once
+block 216 KB of shared memory (Hopper and later data-center GPUs). On others a warning says so once
 and onepass.py falls back on torch operations; BITPLAN_COMPILE=0 asks for that, without a warning.
 """
 
