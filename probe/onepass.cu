@@ -11,9 +11,10 @@
 // everything is float64, in a fixed order; atomics count integers only. So results are the same
 // every time.
 //
-// The histogram lies in shared memory: for bfloat16 all of its bins, as 7 bits of mantissa leave one
-// bin in eight in use; for the others 16 octaves around the block's first row, and what falls
-// outside goes to device memory one by one. The first bin of each sign, zeros, is not kept up.
+// The histogram lies in shared memory. For 16-bit values a bin's place is the value's bit pattern, so
+// that a shift makes an address; magnitudes at the end of the range have no place, and a row that
+// holds some is counted one by one. For float32 it is 16 octaves around the block's first row, and
+// what falls outside goes to device memory. The first bin of each sign, zeros, is not kept up.
 //
 // Integer formats round by adding: t = saturate(x / scale * 2^-24 + B) with B = 1 - top * 2^-24 has
 // a last place of 2^-24 between 1/2 and 1, so t - B is round(x / scale) * 2^-24, clamped to the
@@ -62,8 +63,8 @@ constexpr int SLOTS = 32 / VALUES < SUMS / PITCH / PAIRS ? 32 / VALUES : SUMS / 
 constexpr u32 MAGNITUDE = DTYPE == 0 ? 0x7FFFFFFFu : 0x7FFF7FFFu;
 constexpr u32 INFINITE = DTYPE == 0 ? 0x7F800000u : DTYPE == 1 ? 0x7F80u : 0x7C00u;
 constexpr u32 BINS_AT = 1024;                  // in shared memory, past what the system takes
-// Bins of each sign: of float32 a window, and one for what is outside it; of the others all 16-bit patterns from FIRST to before END,
-// each at its own number, so that sums fit in between the signs.
+// Bins of each sign: of float32 a window, and one for what is outside it; of the others the bit
+// patterns from FIRST to before END, each at its own number, so that sums fit in between the signs.
 constexpr int FIRST = DTYPE == 1 ? LOWEST >> 3 : 0;
 constexpr int END = DTYPE == 0 ? 1 << 14 : DTYPE == 1 ? (LOWEST + BINS) >> 3 : 0x5800;
 constexpr int NEGATIVE = DTYPE == 0 ? END + 4 : 1 << 15;  // the first bin of negative values
@@ -554,10 +555,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 #pragma unroll
   for (int k = 0; k < VECTORS; k++)
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int at = warp * SEGMENT + k * 32 * PER_LANE + lane * PER_LANE + i;
-      all_squares[at] = squares[k * PER_LANE + i];
-      all_extremes[at] = fabsf(element(extremes[4 * k + i / PER_WORD], i % PER_WORD));
+    for (int i = 0; i < PER_LANE; i += 4) {
+      const int at = warp * SEGMENT + (k * 32 + lane) * PER_LANE + i;
+      float square[4], extreme[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        square[j] = squares[k * PER_LANE + i + j];
+        extreme[j] = fabsf(element(extremes[4 * k + (i + j) / PER_WORD], (i + j) % PER_WORD));
+      }
+      *(float4 *)(all_squares + at) = make_float4(square[0], square[1], square[2], square[3]);
+      *(float4 *)(all_extremes + at) = make_float4(extreme[0], extreme[1], extreme[2], extreme[3]);
     }
   __syncthreads();
   for (int i = threadIdx.x; i < SEGMENT && start + i < p.width; i += 32 * WARPS) {

@@ -70,7 +70,7 @@ def passes(
 def _read(x: Tensor, formats: Sequence[Format], totals: Totals) -> Tensor:
     rows, width = x.shape
     threads = max(1, min(torch.get_num_threads(), x.numel() // _THREAD_ELEMENTS, rows))
-    # Nothing here may run in threads of torch's, which would go on to spin beside the pass's.
+    # Nothing here runs in threads of torch's that would go on to spin beside those of the pass.
     found = torch.empty(rows, 6 + len(formats), dtype=torch.float64)
     groups = torch.tensor([fmt.group_size or width for fmt in formats], dtype=torch.int64)
     halves = torch.tensor([2.0 ** (fmt.bits - 1) for fmt in formats])

@@ -6,7 +6,7 @@ matrix units are instructions that Triton does not let one choose.
 
 NVRTC, which comes with torch, compiles one variant per dtype, format list and width class, in about
 a second, once per process. A launch fills one struct and never waits. Needed: a device that gives a
-block 204 KB of shared memory (Hopper and later data-center GPUs). On others a warning says so once
+block 216 KB of shared memory (Hopper and later data-center GPUs). On others a warning says so once
 and onepass.py falls back on torch operations; BITPLAN_COMPILE=0 asks for that, without a warning.
 """
 
@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,43 +151,66 @@ def _read(
     plan: "_Plan", tensors: Sequence[Tensor], formats: int, totals: Sequence[Totals]
 ) -> list[Tensor]:
     """Read tensors by one plan, in two launches; return their rows."""
-    device, record = tensors[0].device, 6 + formats
-    elements = sum(x.numel() for x in tensors)
-    segments = [-(-x.shape[1] // plan.segment) for x in tensors]
-    chunks = [
-        max(1, min(plan.blocks * x.numel() // elements // n, len(x) // (_WARPS * _ROWS_PER_WARP)))
-        for x, n in zip(tensors, segments, strict=True)
-    ]
-    # Of each: the segments of rows, the chunks of channels' squares, and their extremes, float32.
-    partial = [len(x) * n * (record + record % 2) for x, n in zip(tensors, segments, strict=True)]
-    channels = [x.shape[1] * n for x, n in zip(tensors, chunks, strict=True)]
-    parts = torch.empty(sum(partial) + 2 * sum(channels), dtype=torch.float64, device=device)
-    sizes = [record * len(x) for x in tensors]
-    found = torch.empty(sum(sizes), dtype=torch.float64, device=device)
-    batch = _Batch(count=len(tensors))
-    part, place, reader, joiner = parts.data_ptr(), found.data_ptr(), 0, 0
+    device = tensors[0].device
+    layout = _layout(plan, tuple(x.shape for x in tensors), formats)
+    parts = torch.empty(layout.part_bytes, dtype=torch.uint8, device=device)
+    found = torch.empty(sum(layout.sizes), dtype=torch.float64, device=device)
+    batch = _Batch.from_buffer_copy(layout.batch)
+    begin, place = parts.data_ptr(), found.data_ptr()
     for i, x in enumerate(tensors):
-        squares = part + 8 * partial[i]
-        extremes = squares + 8 * channels[i]
-        row_blocks = -(-_JOINERS * len(x) // _JOIN_THREADS)
-        addresses = [total.data_ptr() for total in totals[i]]
-        counts = (x.shape[1], segments[i], chunks[i], row_blocks, reader, joiner)
-        batch.passes[i] = _Pass(
-            x.data_ptr(), part, squares, extremes, place, *addresses, len(x), *counts
+        one = batch.passes[i]
+        one.x, one.found = x.data_ptr(), place
+        one.parts, one.squares_parts, one.absmax_parts = (begin + at for at in layout.offsets[i])
+        one.histogram, one.absmax, one.squares, one.counts, one.nonfinite = (
+            total.data_ptr() for total in totals[i]
         )
-        part, place = extremes + 8 * channels[i], place + 8 * sizes[i]
-        reader += segments[i] * chunks[i]
-        joiner += row_blocks + -(-_JOINERS * x.shape[1] // _JOIN_THREADS)
+        place += 8 * layout.sizes[i]
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(batch))
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        _launch(plan.read, reader, 32 * _WARPS, _SHARED_BYTES, stream, pointers)
-        _launch(plan.join, joiner, _JOIN_THREADS, 0, stream, pointers)
-    columns = [part.view(record, -1) for part in torch.split(found, sizes)]
+        _launch(plan.read, layout.readers, 32 * _WARPS, _SHARED_BYTES, stream, pointers)
+        _launch(plan.join, layout.joiners, _JOIN_THREADS, 0, stream, pointers)
+    columns = [part.view(6 + formats, -1) for part in torch.split(found, layout.sizes)]
     if plan.places is None:
         return [rows.mT for rows in columns]
     # An index would make it wait.
     return [torch.stack([rows[place] for place in plan.places]).mT for rows in columns]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a launch takes that the tensors' shapes tell."""
+
+    batch: _Batch
+    sizes: list[int]  # of what is found of each tensor, in elements
+    offsets: list[tuple[int, int, int]]  # of each tensor's three kinds of parts, in bytes
+    part_bytes: int
+    readers: int  # blocks of read_tensors
+    joiners: int  # blocks of join_parts
+
+
+@lru_cache(maxsize=1024)
+def _layout(plan: "_Plan", shapes: tuple[tuple[int, int], ...], formats: int) -> _Layout:
+    record = 6 + formats
+    elements = sum(rows * width for rows, width in shapes)
+    batch = _Batch(count=len(shapes))
+    offsets, end, reader, joiner = [], 0, 0, 0
+    for one, (rows, width) in zip(batch.passes, shapes, strict=False):
+        segments = -(-width // plan.segment)
+        share = plan.blocks * rows * width // elements // segments
+        chunks = max(1, min(share, rows // (_WARPS * _ROWS_PER_WARP)))
+        row_blocks = -(-_JOINERS * rows // _JOIN_THREADS)
+        one.rows, one.width, one.segments, one.chunks = rows, width, segments, chunks
+        one.row_blocks, one.first_reader, one.first_joiner = row_blocks, reader, joiner
+        # Segments of rows and chunks of channels' squares, in float64, and of extremes, in float32.
+        squares = end + 8 * rows * segments * (record + record % 2)
+        extremes = squares + 8 * chunks * width
+        offsets.append((end, squares, extremes))
+        end = extremes + -(-4 * chunks * width // 16) * 16
+        reader += segments * chunks
+        joiner += row_blocks + -(-_JOINERS * width // _JOIN_THREADS)
+    sizes = [record * rows for rows, _ in shapes]
+    return _Layout(batch, sizes, offsets, end, reader, joiner)
 
 
 @dataclass(frozen=True)

@@ -301,38 +301,55 @@ def settle(stats: Sequence[TensorStats]) -> None:
     for one in dict.fromkeys(stats):  # linears share what they are handed
         if one._pending:
             kinds = tuple(rows.kind for rows in one._pending)
-            alike = id(one) if None in kinds else 0
-            key = one.device, one.operand, len(one.formats), len(one._top), kinds, alike
+            alike = one._settled, len(one._top), id(one) if None in kinds else 0
+            key = one.device, one.operand, len(one.formats), kinds, alike
             groups.setdefault(key, []).append(one)
     for group in groups.values():
-        device, operand, pending = group[0].device, group[0].operand, group[0]._pending
+        device = group[0].device
         # Columns first: with rows first, to read one column of all rows is to read all of them.
         found = torch.cat([rows.found.to(device).mT for one in group for rows in one._pending], 1)
         found = found.view(len(found), len(group), -1)
-        where = torch.cat([rows.places(device) for rows in pending]).mT
-        places = torch.cat(_beginnings(pending, device))
-        top = torch.stack([one._top for one in group])
-        pooled = torch.stack([one._pooled for one in group])
-        rest = torch.ones_like(found[0])
-        if operand == "input":
-            order = found[_ROW_ABSMAX].float().sort(dim=-1, descending=True, stable=True).indices
-            order = order[:, :TOP_TOKENS]
-            rest.scatter_(1, order, 0)
-            picked = found.gather(2, order.expand(len(found), -1, -1))
-            parts = [picked[:_ROW_ABSMAX], where[:, order], picked[_ROW_ABSMAX:]]
-            top, pooled = _kept(operand, top, pooled, torch.cat(parts).movedim(0, -1))
-        first = found[:, :, places] * where[0, places]
-        others = found[:_ROW_ABSMAX] * (rest * (1 - where[0]))
-        parts = [others, first[:_ROW_ABSMAX] * rest[:, places]]
-        split = torch.stack([pool(part.movedim(0, -1)) for part in parts], dim=1)
-        pooled = pool(torch.stack([pooled, split], dim=2))
-        errors = torch.stack([one._errors for one in group]) + found[ROW:].sum(-1).mT
-        first_errors = torch.stack([one._first_errors for one in group]) + first[ROW:].sum(-1).mT
-        # Not in place: what was gathered in inference mode may be settled outside of it.
+        errors = found[ROW:].sum(-1).mT
+        if group[0].operand == "input":
+            top, pooled, first_errors = _sorted_out(found, group[0]._pending)
+        else:
+            top = found.new_zeros(len(group), 0, _ERRORS + len(found) - ROW)
+            pooled = pool(found[:_ROW_ABSMAX].movedim(0, -1))
+            pooled = torch.stack([pooled, torch.zeros_like(pooled)], dim=1)
+            first_errors = torch.zeros_like(errors)
+        if group[0]._settled:
+            before = torch.stack([one._pooled for one in group])
+            pooled = pool(torch.stack([before, pooled], dim=2))
+            before = torch.stack([one._top for one in group])
+            top, pooled = _kept(group[0].operand, before, pooled, top)
+            # Not in place: what was gathered in inference mode may be settled outside of it.
+            errors = torch.stack([one._errors for one in group]) + errors
+            first_errors = torch.stack([one._first_errors for one in group]) + first_errors
         states = (values.unbind() for values in (top, pooled, errors, first_errors))
         for one, *state in zip(group, *states, strict=True):
             one._top, one._pooled, one._errors, one._first_errors = state
             one._pending, one._settled = [], True
+
+
+def _sorted_out(found: Tensor, pending: Sequence[_Rows]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the top tokens of many, the others pooled, and the squared errors of first tokens.
+
+    found: [columns, sites, rows]; pending: what tells their places, the same for all sites.
+    """
+    device = found.device
+    where = torch.cat([rows.places(device) for rows in pending]).mT
+    order = found[_ROW_ABSMAX].float().sort(dim=-1, descending=True, stable=True).indices
+    order = order[:, :TOP_TOKENS]
+    rest = torch.ones_like(found[0]).scatter_(1, order, 0)
+    picked = found.gather(2, order.expand(len(found), -1, -1))
+    top = torch.cat([picked[:_ROW_ABSMAX], where[:, order], picked[_ROW_ABSMAX:]]).movedim(0, -1)
+    others = found[:_ROW_ABSMAX] * (rest * (1 - where[0]))
+    # First tokens are few, and lie where the sequences begin.
+    places = torch.cat(_beginnings(pending, device))
+    first = found[:, :, places] * where[0, places]
+    parts = [others, first[:_ROW_ABSMAX] * rest[:, places]]
+    pooled = torch.stack([pool(part.movedim(0, -1)) for part in parts], dim=1)
+    return top, pooled, first[ROW:].sum(-1).mT
 
 
 def _beginnings(pending: Sequence[_Rows], device: torch.device) -> list[Tensor]:

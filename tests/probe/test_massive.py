@@ -167,6 +167,7 @@ def test_nothing_looks_at_a_value() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_cuda_agrees_and_never_waits() -> None:
     x, weight = 0.1 * normal(2, 16, 48), 0.01 * normal(24, 48, seed=1)
     x[1, 5, 7], weight[3, 7] = -400.0, 2.0

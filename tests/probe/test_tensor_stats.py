@@ -496,6 +496,7 @@ def test_tensor_stats_of_one_tensor() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_cuda_agrees_and_never_waits(kind: str) -> None:
     x = make(kind, (4, 64, 96))
     formats = parse_formats(["int4-g32", "int8-token", "nvfp4", "mxfp4", "fp8-e4m3"])
