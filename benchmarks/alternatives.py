@@ -368,16 +368,19 @@ class Worker:
 
 
 _worker: Worker
+_deadline: float
 Call = tuple[str, tuple[Any, ...]]
 """A method of Worker and its arguments."""
 
 
-def _start(settings: Settings, devices: Any) -> None:
-    global _worker
-    _worker = Worker(settings, devices.get())
+def _start(settings: Settings, devices: Any, deadline: float) -> None:
+    global _worker, _deadline
+    _worker, _deadline = Worker(settings, devices.get()), deadline
 
 
-def _call(method: str, arguments: tuple[Any, ...]) -> pl.DataFrame:
+def _call(method: str, arguments: tuple[Any, ...]) -> pl.DataFrame | None:
+    if time.time() > _deadline:
+        return None
     found: pl.DataFrame = getattr(_worker, method)(*arguments)
     return found
 
@@ -385,20 +388,21 @@ def _call(method: str, arguments: tuple[Any, ...]) -> pl.DataFrame:
 def spread(
     settings: Settings, calls: Sequence[Call], devices: Sequence[str], deadline: float
 ) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Yield what a Worker's methods return, a process for each device, until the deadline."""
+    """Yield what a Worker's methods return, a process for each device.
+
+    Nothing is started after the deadline, in seconds of time.time(); what runs then is finished.
+    """
     context = get_context("spawn")
     queue = context.Queue()
     for device in devices:
         queue.put(device)
     with ProcessPoolExecutor(
-        len(devices), mp_context=context, initializer=_start, initargs=(settings, queue)
+        len(devices), mp_context=context, initializer=_start, initargs=(settings, queue, deadline)
     ) as pool:
         method_of = {pool.submit(_call, *call): call[0] for call in calls}
         for future in track(as_completed(method_of), "choices", total=len(calls)):
-            yield method_of[future], future.result()
-            if time.monotonic() > deadline:
-                pool.shutdown(cancel_futures=True)
-                return
+            if (frame := future.result()) is not None:
+                yield method_of[future], frame
 
 
 def read(path: Path, schema: Mapping[str, Any], key: str) -> pl.DataFrame:
@@ -457,7 +461,7 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
         key: {c: f.sort("sequence")[key].to_numpy() for (c,), f in measured.group_by("choice")}
         for key in ("delta_loss", "kl")
     }
-    losses = whole(trained, choices.filter(pl.col("draw").is_null())["choice"].unique())
+    losses = whole(trained, choices.filter(pl.col("name").is_in(list(PLANS)))["choice"].unique())
     variance, freedom = seed_variance(losses) if losses else (0.0, 1)
     base = losses.get(BASELINE)
 
@@ -476,6 +480,8 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
 
     def interval(key: str, values: Floats, draws: int) -> dict[str, float]:
         """Return the interval of a mean; `values` are differences from another choice."""
+        if not values.any():
+            return asdict(Interval(0.0, 0.0, 0.0))  # the same choice
         if key != "trained":
             return asdict(Interval.around(float(values.mean()), over_sequences(values)))
         noise = variance * (1 / draws + 1) / len(values)
@@ -510,12 +516,12 @@ def compare(choices: pl.DataFrame, measured: pl.DataFrame, trained: pl.DataFrame
     return budgets
 
 
-def whole(trained: pl.DataFrame, named: pl.Series) -> dict[str, Floats]:
-    """Return the losses [seed, sequence] of the choices trained under every seed that is whole.
+def whole(trained: pl.DataFrame, ours: pl.Series) -> dict[str, Floats]:
+    """Return the losses [seed, sequence] of the choices trained under every seed that counts.
 
-    A seed is whole when all named choices are trained under it.
+    A seed counts when the baseline and all of bitplan's choices are trained under it.
     """
-    wanted = {BASELINE, *named}
+    wanted = {BASELINE, *ours}
     found = trained.filter(pl.col("choice").is_in(wanted)).group_by("seed")
     count = found.agg(pl.col("choice").n_unique())
     seeds = count.filter(pl.col("choice") == len(wanted))["seed"]
@@ -536,18 +542,23 @@ TITLES = {
 
 def summary(found: Sequence[Any], key: str) -> list[str]:
     """Return a line per alternative with an estimate per budget, and how bitplan stands to it."""
-    cells: dict[str, dict[str, str]] = {}
+    # The last budget has room for every name.
+    names = [row["name"] for budget in reversed(found) for row in budget["rows"]]
+    cells: dict[str, dict[str, str]] = {name: {} for name in names}
     for budget in found:
         for row in budget["rows"]:
             if key in row:
                 over = row[f"{key}_over_bitplan"]
                 mark = ">" if over["low"] > 0 else "<" if over["high"] < 0 else " "
                 text = f"{row[key]['estimate']:.4f}{mark}"
-                cells.setdefault(row["name"], {})[budget["budget"]] = text
+                cells[row["name"]][budget["budget"]] = text
     budgets = [budget["budget"] for budget in found]
     head = f"{'input bits':26}" + "".join(f"{budget:>14}" for budget in budgets)
-    lines = [f"{name:26}" + "".join(f"{of.get(b, ''):>14}" for b in budgets)
-             for name, of in cells.items()]  # fmt: skip
+    lines = [
+        f"{name:26}" + "".join(f"{of.get(budget, ''):>14}" for budget in budgets)
+        for name, of in cells.items()
+        if of
+    ]
     return ["", f"{TITLES[key]}, nats per token", head, *lines] if lines else []
 
 
@@ -652,7 +663,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=24_576)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="start nothing after this")
     asked = parser.parse_args()
-    deadline = time.monotonic() + asked.limit_s
+    deadline = time.time() + asked.limit_s
     devices = asked.device or ["cpu"]
     settings = Settings(
         model=asked.model,
