@@ -10,6 +10,7 @@ input bits that it buys beside 4-bit weights; `fc2` is what the paper's rule spe
 alternative may spend that and no more, on int4-g128 and int8-g128:
 
     bitplan              inputs alone: `bitplan plan --bit-ops B --weight-bits W`, W as in uniform
+    bitplan, measured    the same with --measure: refined by whole plans on calibration text
     bitplan, weights too `bitplan plan --bit-ops B`: it may buy 8-bit weights as well
     uniform              every site at 4 bits, the reference: it spends less than any budget
     fc2, first-last      rules.py as they are, at the budgets that they fit in; first-last raises
@@ -62,6 +63,7 @@ from bitplan.probe.profile import profile_checkpoint
 from bitplan.probe.text import Split, load_text, tokenize
 from bitplan.progress import track
 from bitplan.qat.convert import convert, restore
+from bitplan.qat.measure import make_measured_plan
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.record import HELDOUT_FILE, arm_dir
 from bitplan.qat.train import Job, make_accelerator, train_arm
@@ -78,6 +80,10 @@ OURS = "bitplan"
 # What bitplan is asked for, beside the bit operations.
 PLANS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     OURS: lambda uniform: {"weight_bits": uniform.predicted.weight_bits},
+    "bitplan, measured": lambda uniform: {
+        "weight_bits": uniform.predicted.weight_bits,
+        "measure": PlanOptions.DEFAULT_MEASURE,
+    },
     "bitplan, weights too": lambda uniform: {},
 }
 RAISED = {"W4A8": ("input",), "W8A8": ("input", "weight")}
@@ -203,7 +209,8 @@ def choose(run: Path, peers: Mapping[str, Any]) -> pl.DataFrame:
         own = Path(shutil.copytree(run, Path(folder) / "run"))
 
         def planned(**options: Any) -> tuple[Plan, list[str]]:
-            plan = make_plan(own, PlanOptions(**options)).plan
+            asked = PlanOptions(**options)
+            plan = (make_measured_plan if asked.measure else make_plan)(own, asked).plan
             return plan, [site for site, fmt in plan.assignment.items() if fmt == HIGH]
 
         uniform, _ = planned(rule="uniform")
@@ -348,6 +355,7 @@ class Worker:
             arm=choice,
             seed=seed,
             formats={} if raised is None else self.sites.formats(raised),
+            quantizers={},
             recipe=recipe,
             train=settings.ids(self.checkpoint.tokenizer, "train", tokens, seed),
             heldout=settings.heldout(self.checkpoint.tokenizer, settings.eval_tokens),

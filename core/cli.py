@@ -272,8 +272,8 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     flag_value=PlanOptions.DEFAULT_MEASURE,
     type=click.IntRange(0),
     metavar="[N]",
-    help="Measure the plan whole on the profile's text; where it differs from the prediction, "
-    f"refine it with at most N plans.  [default N: {PlanOptions.DEFAULT_MEASURE}]",
+    help="Measure the plan whole on the profile's text, and refine it with at most N plans.  "
+    f"[default N: {PlanOptions.DEFAULT_MEASURE}]",
 )
 @_option(
     PlanOptions,

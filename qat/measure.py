@@ -1,11 +1,11 @@
-"""`bitplan plan --measure`: what a plan costs whole, and its refinement where the two differ.
+"""`bitplan plan --measure`: what a plan costs whole, and its refinement by what was measured.
 
-The plan's sites are quantized all at once, in forward passes over the tokens of the profile. Where
-the predicted change of loss is not within two standard errors of the measured one, single moves
-near the decision are measured in their place (planner/refine.py), the exact search runs again
-around the plan with them, and its answer is measured and taken if its KL is lower; and so on until
-the search stays where it is, nothing improves, or the number of plans asked for is used up. Plans
-are compared by KL, which is far quieter than the loss.
+The plan's sites are quantized all at once, in forward passes over the tokens of the profile. Then
+single moves near the decision are measured in its place (planner/refine.py), the exact search runs
+again around the plan with them, and its answer is measured and taken if its KL is lower; and so on
+until the search stays where it is, nothing improves, or the number of plans asked for is used up.
+Plans are compared by KL, which is far quieter than the loss. Agreement with the prediction is no
+reason to stop: losses that do not add up can cancel.
 
 measured.parquet keeps every plan that was measured, so that nothing is measured twice and a kill
 loses a pass. It is bound to the model and the tokens; rows of others are dropped.
@@ -56,7 +56,7 @@ def check(
     choice: Ints,
     options: PlanOptions,
 ) -> Checked:
-    """Measure a choice [S] whole; refine it where it disagrees and the planner was free to choose.
+    """Measure a choice [S] whole; refine it where the planner was free to choose.
 
     Arguments and what it raises: see `make_measured_plan`.
     """
@@ -69,7 +69,7 @@ def check(
     (first,) = bench.measure([choice])
     notes = [_comparison(problem, choice, first)]
     free = options.rule is None and not options.converge
-    if not _agrees(problem, choice, first) and free and options.measure > 1:
+    if free and options.measure > 2:  # the plan, a move, and the answer
         choice, last, said = _refined(bench, limits, choice, first)
         notes.extend(said)
         if last is not first:

@@ -123,10 +123,13 @@ def test_a_kill_keeps_what_was_measured(run, monkeypatch):
     assert not (run / "plan.json").exists()
 
 
-def test_a_plan_that_disagrees_is_refined_within_its_bound(run, monkeypatch):
+def test_a_plan_is_refined_within_its_bound_whether_it_agrees_or_not(run, monkeypatch):
+    agreed = make_measured_plan(run, replace(OPTIONS, measure=3)).plan
+    assert any("refined" in note for note in agreed.notes)
     monkeypatch.setattr(measure, "_interval", lambda *_: 0.0)
     first = make_measured_plan(run, replace(OPTIONS, measure=1)).plan
     assert any("they disagree" in note for note in first.notes)
+    assert not any("refined" in note for note in first.notes)
     assert not first.measured.agrees
     refined = make_measured_plan(run, OPTIONS).plan
     assert 1 < len(rows(run)) <= OPTIONS.measure
