@@ -157,6 +157,9 @@ def _numbers(run: Run, predicted: Mapping[str, Any]) -> Markup:
         cells.append(
             ("predicted loss", number(predicted["delta_loss"]), "nats per token, if sites add up")
         )
+    if whole := (run.plan or {}).get("measured"):
+        small = "nats per token, the plan whole, not trained"
+        cells.append(("loss of the plan", number(whole["delta_loss"]), small))
     for arm, label in (("w4a4", "measured, all 4 bits"), ("planned", "measured, planned")):
         value = measured.get(arm) or {}
         if value.get("estimate") is not None:

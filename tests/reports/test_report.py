@@ -90,6 +90,14 @@ def test_the_forecast_of_a_plan_is_told_in_its_section(make_run: MakeRun) -> Non
     assert said not in before
 
 
+def test_a_plan_that_was_measured_whole_says_what_it_costs(make_run: MakeRun) -> None:
+    path = make_run(seeds=1, steps=4)
+    assert "loss of the plan" not in write_report([path]).path.read_text()
+    whole = {"delta_loss": 0.0234, "stderr": 0.001, "kl": 0.02, "kl_stderr": 0.001, "tokens": 64}
+    edit_json(path / "plan.json", measured=whole | {"agrees": True})
+    assert "<dt>loss of the plan</dt><dd>0.0234" in write_report([path]).path.read_text()
+
+
 def test_the_file_is_closed_to_the_network(whole: Path) -> None:
     html = (whole / "report.html").read_text()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)
