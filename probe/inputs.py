@@ -20,6 +20,7 @@ from bitplan.errors import CheckpointError
 from bitplan.formats import Format
 from bitplan.probe.checkpoint import some
 from bitplan.probe.experts import Expert
+from bitplan.probe.memory import release
 from bitplan.probe.modules import LinearModule
 from bitplan.probe.outliers import OutlierWatch
 from bitplan.probe.sensitivity import ROLES, GradientSensitivity, Rows, summed_loss
@@ -86,6 +87,8 @@ def measure_inputs(
                 loss += summed_loss(output.logits, batch)
             watcher.end()
             del output
+            if device.type == "cpu":
+                release()
     predicted = len(ids) * (ids.shape[1] - 1)
     return Inputs(
         stats={name: stats for name, stats in watcher.stats.items() if stats.rows},
