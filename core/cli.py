@@ -290,6 +290,13 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     type=float,
     help="Non-embedding parameters, with --tokens.  [default: the checkpoint's]",
 )
+@_option(
+    PlanOptions,
+    "law",
+    "--law",
+    metavar="FILE",
+    help="A law that `law fit` wrote, with --tokens.  [default: the paper's]",
+)
 @click.option(
     "--explain",
     metavar="GLOB",

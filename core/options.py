@@ -75,6 +75,8 @@ class PlanOptions:
     """Training tokens to come: predictions are brought to the scaling law's forecast for them."""
     params: float | None = None
     """Non-embedding parameters for that forecast; None: the checkpoint's."""
+    law: str | None = None
+    """A law that `law fit` wrote, for that forecast; None: the paper's."""
     target: str | None = None
     """A library that has to run the plan: its pairs of formats only."""
 

@@ -18,6 +18,7 @@ import polars as pl
 from bitplan.errors import PlanError, RunError
 from bitplan.forecast import check_values
 from bitplan.formats import Operand, parse_formats
+from bitplan.law import read_laws
 from bitplan.options import PlanOptions
 from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
@@ -92,6 +93,8 @@ def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> Pl
     with directory.lock():
         read = (PROFILE, ERRORS, SENSITIVITY, *([TRAINED] if options.converge else []))
         tables = {t.file: directory.path / t.file for t in read}
+        if options.law is not None:
+            tables["law"] = Path(options.law)
         found = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
         key = {**asdict(options), "inputs": found}
         if directory.is_done("plan", key) or _stands(directory, key):
@@ -196,18 +199,25 @@ def plan_of(
 def _outlook(directory: RunDir, problem: Problem, options: PlanOptions) -> Outlook | None:
     """Return the scaling law's forecast for --tokens, None without; raise for values of none."""
     if options.tokens is None:
-        if options.params is not None:
-            raise PlanError(
-                "--params is for the forecast of --tokens: give both, e.g. 100e9 tokens"
-            )
+        for name in ("params", "law"):
+            if getattr(options, name) is not None:
+                raise PlanError(
+                    f"--{name} is for the forecast of --tokens: give both, e.g. 100e9 tokens"
+                )
         return None
+    laws = read_laws(None if options.law is None else Path(options.law))
+    if not all(laws.has_ratio(fc2_at_8=fc2) for fc2 in (False, True)):
+        raise PlanError(
+            f"--law {options.law}: a plan needs laws for w4a16, w16a4 and w16a4+fc2, and it has "
+            f"{', '.join(laws.laws)}: fit it to trainings with FC2 inputs at 8 bits as well"
+        )
     params = options.params
     if params is None:
         params = directory.manifest.get("model", {}).get("num_non_embedding_parameters")
     if params is None:
         raise PlanError(f"{directory.path} does not say how many parameters there are: --params N")
     check_values(params=params, tokens=options.tokens)
-    return outlook(problem, float(params), options.tokens)
+    return outlook(problem, float(params), options.tokens, laws)
 
 
 def _check_provenance(directory: RunDir) -> None:

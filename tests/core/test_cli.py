@@ -25,7 +25,7 @@ OPTIONS = {
     "profile": "-o --output --compare --data --tokens --seq-len --formats --weights-only --stream "
     "--no-sensitivity --interventions --device --seed --trust-remote-code --json",
     "plan": "--input-bits --weight-bits --bit-ops --bytes --time --rule --converge --pin --share "
-    "--formats --per-role --quantizer --measure --tokens --params --explain --diff "
+    "--formats --per-role --quantizer --measure --tokens --params --law --explain --diff "
     "--target --json",
     "verify": "--steps --tokens --seeds --batch-size --seq-len --eval-tokens --lr --schedule "
     "--data --from-scratch --arms --attribute --gpus --workers --device --seed "

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import polars as pl
 import pytest
 
 from bitplan.errors import BitplanError, PlanError
+from bitplan.law import PAPER, write_laws
 from bitplan.options import PlanOptions
 from bitplan.planner.plan import read_plan
 from bitplan.planner.stage import make_plan
@@ -203,3 +205,28 @@ def test_params_default_to_the_checkpoints_and_extrapolation_is_marked(run: Path
 def test_refused(run: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(BitplanError, match=said):
         make_plan(run, PlanOptions(**options))
+
+
+def test_a_fitted_law_takes_the_place_of_the_papers(run: Path, tmp_path: Path) -> None:
+    twice = {
+        name: replace(law, k=2 * law.k) if name.startswith("w4a16") else law
+        for name, law in PAPER.laws.items()
+    }
+    path = tmp_path / "law.json"
+    write_laws(path, replace(PAPER, source="ours", laws=twice))
+    asked = PlanOptions(tokens=D, params=N, law=str(path))
+    paper = make_plan(run, replace(asked, law=None)).plan.advice
+    ours = make_plan(run, asked).plan.advice
+    assert paper is not None
+    assert ours is not None
+    assert ours["source"] == "ours"
+    assert ours["delta_weights"] == pytest.approx(2 * paper["delta_weights"])
+    assert ours["R"] == pytest.approx(paper["R"] / 2)
+    assert make_plan(run, asked).up_to_date
+    write_laws(path, replace(PAPER, source="again"))
+    assert not make_plan(run, asked).up_to_date
+    write_laws(path, replace(PAPER, laws={"w4a4": PAPER.laws["w4a4"]}))
+    with pytest.raises(PlanError, match=r"needs laws for w4a16.*it has w4a4"):
+        make_plan(run, asked)
+    with pytest.raises(PlanError, match="--law is for the forecast of --tokens"):
+        make_plan(run, PlanOptions(law=str(path)))
