@@ -447,7 +447,7 @@ def plan(
     "workers",
     "--workers",
     type=click.IntRange(1),
-    help="Arms side by side on each device.  [default: 1 on a GPU; on a CPU as many as pay]",
+    help="Arms side by side on each device.  [default: 1]",
 )
 @_option(VerifyOptions, "seed", "--seed", type=int, show_default=True, help="First seed.")
 @_trust

@@ -116,7 +116,7 @@ class VerifyOptions:
     gpus: int | None = None
     """GPUs to train on, an arm at a time on each."""
     workers: int | None = None
-    """Arms trained side by side on each device; None: one on a GPU, on a CPU as many as pay."""
+    """Arms trained side by side on each device; None: one."""
     seed: int = 0
     """First seed."""
     trust_remote_code: bool = False

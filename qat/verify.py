@@ -263,7 +263,7 @@ def _train(
             key = content_hash(job.config)
             tasks.setdefault(key, _Task(directory.path, start, job))
     if tasks:
-        devices = training_devices(options, device, [task.job for task in tasks.values()], start)
+        devices = training_devices(options, device)
         run_tasks(list(tasks.values()), devices, _work, "trainings")
     for job in asked:
         record = _trained(directory, jobs, job)
