@@ -9,6 +9,7 @@ planning and verifying in turn closes in on R = 1.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,6 +32,9 @@ def converge(
         [limit for limit in limits if "input" not in limit.budget.operands],
         objective(problem, ("weight",)),
     )
+    # With a target, the weights' formats decide which the inputs may take.
+    fixed = np.where(problem.is_input, problem.fixed, weights.choice)
+    problem = replace(problem, fixed=fixed)
     loss = objective(problem, ("input",))
     bits = BUDGETS["input_bits"].cost(problem, None)
     caps = [limit for limit in limits if limit.budget.name == "input_bits"]
@@ -44,9 +48,8 @@ def converge(
         assert found is not None
     final = Search(problem, loss, [bits]).solve([bits.total(problem, found.choice)])
     assert final is not None
-    choice = np.where(problem.is_input, final.choice, weights.choice)
     gap = max(weights.gap, found.gap, final.gap)
-    return choice, gap, [_note(final, weights, trained, reached)]
+    return final.choice, gap, [_note(final, weights, trained, reached)]
 
 
 def _equal(weights: float, trained: Trained | None) -> float:

@@ -259,11 +259,6 @@ def _check_combination(options: PlanOptions, asked: Sequence[Limit]) -> None:
             "--measure measures the checkpoint as it is, and --tokens plans for what a training "
             "leaves of it: give one of them"
         )
-    if options.converge and options.target is not None:
-        raise PlanError(
-            "--converge chooses weights and inputs apart, and a target runs some pairs only: "
-            "drop one of --converge and --target"
-        )
     pairs = [limit.budget.name for limit in asked if len(limit.budget.operands) > 1]
     if options.converge and pairs:
         raise PlanError(

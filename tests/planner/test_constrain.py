@@ -15,6 +15,7 @@ from bitplan.formats import BF16, parse_format
 from bitplan.options import PlanOptions
 from bitplan.planner.budgets import BUDGETS, Limit, objective
 from bitplan.planner.constrain import constrain
+from bitplan.planner.converge import converge
 from bitplan.planner.problem import UNFIXED, Problem, read_problem
 from bitplan.planner.search import best
 from bitplan.planner.stage import make_plan
@@ -177,7 +178,6 @@ def test_experts_of_a_layer_cannot_be_configured(
             "cannot run the plan of rule fc2: 2 linears .*: nvfp4 weights with fp8-e4m3 inputs",
         ),
         ({"target": "torchao"}, "runs no pair of int4-g128, int8-g128"),
-        ({"target": "vllm", "formats": FORMATS, "converge": True}, "drop one of --converge and"),
         ({"target": "nowhere"}, "the targets are"),
         (
             {"target": "torchao", "formats": FORMATS, "pins": ("fc2:input=int4-token",)},
@@ -196,3 +196,33 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
     with pytest.raises(PlanError, match=says):
         make_plan(run, PlanOptions(**options))
     assert not (run / "plan.json").exists()
+
+
+@given(pairs=PAIRS, seed=st.integers(0, 999))
+@settings(max_examples=25, deadline=None)
+def test_converge_keeps_to_the_pairs_and_to_the_fewest_bits(
+    tables: Callable[..., Any], pairs: set[tuple[str, str]], seed: int
+) -> None:
+    made = tables(
+        1, keep=("gate_proj", "up_proj", "down_proj"), extra=False, formats=FORMATS, seed=seed
+    )
+    problem = constrain(
+        read_problem(made.profile, made.errors, made.sensitivity, formats=FORMATS), toy(pairs)
+    )
+    limit = Limit(budget=BUDGETS["input_bits"], value=np.inf)
+    choice, _, (note,) = converge(problem, [limit])
+    every = list(choices(problem, pairs))
+    loss = {operand: objective(problem, (operand,)) for operand in ("weight", "input")}
+    bits = BUDGETS["input_bits"].cost(problem, None)
+    weights = loss["weight"].total(problem, choice)
+    assert any(np.array_equal(choice, one) for one in every)
+    assert weights == pytest.approx(min(loss["weight"].total(problem, c) for c in every))
+    mine = ~problem.is_input
+    beside = [c for c in every if np.array_equal(c[mine], choice[mine])]
+    enough = [c for c in beside if loss["input"].total(problem, c) <= weights * (1 + 1e-9)]
+    if enough:
+        assert bits.total(problem, choice) == pytest.approx(
+            min(bits.total(problem, c) for c in enough)
+        )
+    else:
+        assert "cannot be reached" in note
