@@ -1,10 +1,12 @@
 """What each stage can be asked for: frozen options with defaults, read by the CLI and by code.
 
-No stage imports happen here, so that the CLI can show defaults without torch.
+No stage imports happen here, so that the CLI can show defaults without torch. `spell` is the way
+back, from options to what one would type for them.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
 
 from bitplan.formats import DEFAULT_HIGH, DEFAULT_LOW
 
@@ -125,3 +127,37 @@ class VerifyOptions:
     DEFAULT_TOKENS = 20_480
     DEFAULT_LR = 1e-4
     SCRATCH_LR = 1.5e-3
+
+
+# Options given once per value, and what says no to one that is on by default or decided later.
+_REPEATED = {"data": "--data", "pins": "--pin", "shares": "--share", "quantizers": "--quantizer"}
+_OFF = {"sensitivity": "--no-sensitivity", "stream": "--no-stream"}
+
+
+def spell(options: type, given: Mapping[str, Any]) -> list[str]:
+    """Return the words that ask a command for these options, those that differ from the defaults.
+
+    given: names to values, as a manifest keeps them; what is no field of `options` is passed over.
+    """
+    defaults = {f.name: () if f.default is MISSING else f.default for f in fields(options)}
+    words = []
+    for name, value in given.items():
+        if name in defaults and _plain(value) != defaults[name]:
+            words += _spell(name, value)
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """Return lists, which is how JSON keeps them, as the tuples that options are."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _spell(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if name in _REPEATED:
+        return [word for item in value for word in (_REPEATED[name], str(item))]
+    if isinstance(value, bool):
+        return [flag] if value else [_OFF[name]] if name in _OFF else []
+    if isinstance(value, list | tuple):
+        return [flag, ",".join(map(str, value))]
+    return [flag, str(value)]

@@ -5,8 +5,9 @@ one under the same budgets among the profiled formats, solved with the target's 
 constraints. Nothing is approximated in silence.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ import polars as pl
 
 from bitplan.errors import BitplanError, PlanError
 from bitplan.formats import BF16, parse_formats
-from bitplan.options import PlanOptions
+from bitplan.options import PlanOptions, spell
 from bitplan.planner.constrain import listed
 from bitplan.planner.export_autoround import autoround
 from bitplan.planner.export_compressed import compressed_tensors, llm_compressor, vllm
@@ -156,7 +157,8 @@ def _nearest(directory: RunDir, target: Target) -> str:
     refused = ""
     for formats in _menus(directory, asked, target):
         options = replace(asked, formats=formats)
-        command = f"`bitplan plan {directory.path} {_flags(options)}`"
+        words = ["bitplan", "plan", str(directory.path), *spell(PlanOptions, asdict(options))]
+        command = f"`{shlex.join(words)}`"
         try:
             nearest, _ = plan_of(directory, options)
         except BitplanError as error:
@@ -195,18 +197,3 @@ def _options_of(directory: RunDir) -> PlanOptions:
     names = [field.name for field in fields(PlanOptions) if field.name in asked]
     lists = {name: tuple(asked[name]) for name in names if isinstance(asked[name], list)}
     return PlanOptions(**{**{name: asked[name] for name in names}, **lists})
-
-
-def _flags(options: PlanOptions) -> str:
-    """Spell the options that differ from the defaults as one would type them."""
-    words = []
-    for field in fields(PlanOptions):
-        value = getattr(options, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.name == "pins":
-            words += [f"--pin '{pin}'" for pin in value]
-        elif value is True:
-            words.append(flag)
-        elif value != field.default:
-            words.append(f"{flag} {','.join(value) if isinstance(value, tuple) else value}")
-    return " ".join(words)

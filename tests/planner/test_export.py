@@ -1,4 +1,5 @@
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_weights_only_targets_ask_for_inputs_left_alone(planned: Make) -> None:
     with pytest.raises(PlanError) as caught:
         export_plan(run, "llama.cpp")
     assert (
-        f"`bitplan plan {run} --weight-bits 4.5 --pin 'lm_head=bf16' --formats int4-g32,bf16 "
+        f"`bitplan plan {run} --weight-bits 4.5 --pin lm_head=bf16 --formats int4-g32,bf16 "
         "--target llama.cpp`" in str(caught.value)
     )
 
@@ -126,3 +127,15 @@ def test_layer_config_names_every_linear(planned: Make) -> None:
     assert config["model.layers.0.mlp.up_proj"] == {"bits": 16, "act_bits": 16}
     assert config["model.layers.1.mlp.up_proj"]["bits"] == 4
     assert "model.embed_tokens" not in config
+
+
+def test_the_nearest_command_spells_repeated_options_as_they_are_typed(planned: Make) -> None:
+    asked = {"shares": ("fc2:input=int8-*>=0.25",), "quantizers": ("fc2=lac", "o:weight=lwc")}
+    run = planned(input_bits=6.0, **asked)
+    with pytest.raises(PlanError) as caught:
+        export_plan(run, "torchao")
+    said = str(caught.value)
+    assert "--share 'fc2:input=int8-*>=0.25' --quantizer fc2=lac --quantizer o:weight=lwc" in said
+    command = shlex.split(said[said.index("`bitplan") + 1 :].partition("`")[0])
+    assert CliRunner().invoke(main, command[1:]).exit_code == 0
+    export_plan(run, "torchao")

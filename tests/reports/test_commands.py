@@ -43,6 +43,7 @@ def test_every_spelled_option_is_one_the_command_line_has() -> None:
             seq_len=2,
             formats=("nvfp4",),
             weights_only=True,
+            stream=False,
             sensitivity=False,
             interventions="all",
             device="cpu",
@@ -60,6 +61,13 @@ def test_every_spelled_option_is_one_the_command_line_has() -> None:
             pins=("a=bf16",),
             formats=("nvfp4",),
             per_role=True,
+            shares=("fc2:input=int8-*>=0.5",),
+            quantizers=("fc2=lac",),
+            measure=4,
+            tokens=1e9,
+            params=1e6,
+            law="law.json",
+            target="vllm",
         ),
         "verify": VerifyOptions(
             steps=1,
@@ -71,6 +79,11 @@ def test_every_spelled_option_is_one_the_command_line_has() -> None:
             lr=1.0,
             data=("a",),
             arms=("bf16",),
+            attribute=True,
+            schedule="wsd",
+            from_scratch="config.json",
+            gpus=2,
+            workers=2,
             device="cpu",
             seed=1,
             trust_remote_code=True,
@@ -82,4 +95,4 @@ def test_every_spelled_option_is_one_the_command_line_has() -> None:
         shown = CliRunner().invoke(main, [stage, "--help"]).output
         flags = [word for word in words if word.startswith("--")]
         assert len(set(flags)) >= 9 or stage == "plan"
-        assert [flag for flag in flags if flag not in shown] == []
+        assert [flag for flag in flags if f"{flag} " not in shown] == []
