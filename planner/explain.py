@@ -125,10 +125,12 @@ def explain_sites(run: Path, glob: str) -> Explanation:
 
 
 def _check_fresh(directory: RunDir) -> None:
+    """Raise PlanError where a table of the profile is not the one that the plan was made from."""
     made_from = directory.manifest.get("stages", {}).get("plan", {}).get("options", {})
-    for name, known in made_from.get("inputs", {}).items():
+    hashes = made_from.get("inputs", {})
+    for name in (table.file for table in (PROFILE, ERRORS, SENSITIVITY) if table.file in hashes):
         path = directory.path / name
-        if not path.is_file() or file_hash(path) != known:
+        if not path.is_file() or file_hash(path) != hashes[name]:
             raise PlanError(
                 f"{path} is not what {PLAN_FILE} was made from: run `bitplan plan "
                 f"{directory.path}` again"

@@ -13,6 +13,7 @@ import pytest
 from bitplan.errors import BitplanError, PlanError
 from bitplan.law import PAPER, write_laws
 from bitplan.options import PlanOptions
+from bitplan.planner.explain import explain_sites
 from bitplan.planner.plan import read_plan
 from bitplan.planner.stage import make_plan
 from bitplan.rundir import RunDir
@@ -223,6 +224,7 @@ def test_a_fitted_law_takes_the_place_of_the_papers(run: Path, tmp_path: Path) -
     assert ours["delta_weights"] == pytest.approx(2 * paper["delta_weights"])
     assert ours["R"] == pytest.approx(paper["R"] / 2)
     assert make_plan(run, asked).up_to_date
+    assert explain_sites(run, "fc2:input").plan.advice == ours
     write_laws(path, replace(PAPER, source="again"))
     assert not make_plan(run, asked).up_to_date
     write_laws(path, replace(PAPER, laws={"w4a4": PAPER.laws["w4a4"]}))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bitplan.errors import PlanError
 from bitplan.options import PlanOptions
+from bitplan.planner.explain import explain_sites
 from bitplan.planner.plan import Plan
 from bitplan.planner.stage import make_plan
 from bitplan.planner.trained import Curve
@@ -138,6 +139,16 @@ def test_a_plan_that_was_found_to_converge_stands(
         train(run, plan, lambda operand, p: repaired(operand, p) * 1.01)
         verdict.write_text(json.dumps(found))
         assert not make_plan(run, PlanOptions(converge=True)).up_to_date
+
+
+def test_a_plan_can_be_explained_after_its_trainings(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tables(3).write(tmp_path / "run")
+    train(run, make_plan(run, PlanOptions(rule="uniform")).plan, repaired)
+    plan = make_plan(run, PlanOptions(converge=True)).plan
+    train(run, plan, lambda operand, p: 1.1 * repaired(operand, p))
+    assert explain_sites(run, "fc2:input").plan == plan
 
 
 def test_the_last_recipe_alone_counts(tables: Callable[..., Any], tmp_path: Path) -> None:
