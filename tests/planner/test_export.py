@@ -131,7 +131,7 @@ def test_layer_config_names_every_linear(planned: Make) -> None:
 
 def test_the_nearest_command_spells_repeated_options_as_they_are_typed(planned: Make) -> None:
     asked = {"shares": ("fc2:input=int8-*>=0.25",), "quantizers": ("fc2=lac", "o:weight=lwc")}
-    run = planned(input_bits=9.0, **asked)
+    run = planned(**asked)
     with pytest.raises(PlanError) as caught:
         export_plan(run, "torchao")
     said = str(caught.value)
