@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitplan.errors import BitplanError, CheckpointError
+from bitplan.errors import BitplanError, CheckpointError, PlanError
 from bitplan.probe.blocks import PartedModel
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.loading import (
@@ -129,6 +129,23 @@ def load_checkpoint(
         family=str(config.get_text_config().model_type),
         weights_note=weights_note,
     )
+
+
+def load_profiled(
+    facts: Mapping[str, Any], *, device: str = "auto", trust_remote_code: bool = False
+) -> Checkpoint:
+    """Load the checkpoint that a manifest's `model` tells of, again.
+
+    Raises PlanError where it is another by now, and CheckpointError as `load_checkpoint` does.
+    """
+    source = facts["source"]
+    checkpoint = load_checkpoint(source, device=device, trust_remote_code=trust_remote_code)
+    if checkpoint.content_hash != facts["content_hash"]:
+        raise PlanError(
+            f"{source} has changed since it was profiled: then {facts['content_hash'][:8]}, now "
+            f"{checkpoint.content_hash[:8]}; profile it into a new directory and plan again"
+        )
+    return checkpoint
 
 
 def open_in_parts(

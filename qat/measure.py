@@ -29,7 +29,7 @@ from bitplan.planner.problem import Ints, Problem
 from bitplan.planner.refine import Move, around, moved, near_moves, stderr_of
 from bitplan.planner.search import best
 from bitplan.planner.stage import Checked, PlanResult, make_plan
-from bitplan.probe.checkpoint import Checkpoint, load_checkpoint
+from bitplan.probe.checkpoint import Checkpoint, load_profiled
 from bitplan.probe.interventions import Effect, Intervention, measure_interventions
 from bitplan.probe.modules import find_linears
 from bitplan.probe.text import load_text, tokenize
@@ -209,18 +209,11 @@ class _Bench:
     @cached_property
     def _opened(self) -> tuple[Checkpoint, Tensor]:
         """Load the run's checkpoint and text, and check that they are still the same."""
-        source = self._model["source"]
-        checkpoint = load_checkpoint(
-            source,
+        checkpoint = load_profiled(
+            self._model,
             device=self._asked["device"],
             trust_remote_code=self._asked["trust_remote_code"],
         )
-        if checkpoint.content_hash != self._model["content_hash"]:
-            raise PlanError(
-                f"{source} has changed since it was profiled: then "
-                f"{self._model['content_hash'][:8]}, now {checkpoint.content_hash[:8]}; "
-                "profile it into a new directory and plan again"
-            )
         corpus = load_text(tuple(self._asked["data"]))
         if corpus.content_hash != self._data["content_hash"]:
             raise DataError(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitplan.rundir import RunDir, content_hash, write_atomic
+from bitplan.rundir import RunDir, write_atomic
 
 METRICS_FILE = "metrics.parquet"
 STATS_FILE = "stats.parquet"
@@ -38,12 +38,12 @@ def arm_files(arm: str, seed: int) -> list[str]:
     return [f"{arm_dir(arm, seed)}/{name}" for name in (*TABLE_FILES, RECORD_FILE)]
 
 
-def finished(run: RunDir, arm: str, seed: int, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished(run: RunDir, arm: str, seed: int, config_hash: str) -> dict[str, Any] | None:
     """Return the record of an arm that was trained under exactly this configuration, or None."""
     if not all((run.path / name).is_file() for name in arm_files(arm, seed)):
         return None
     record = run.read_json(f"{arm_dir(arm, seed)}/{RECORD_FILE}")
-    if not isinstance(record, dict) or record.get("config_hash") != content_hash(config):
+    if not isinstance(record, dict) or record.get("config_hash") != config_hash:
         return None
     return record
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,7 +60,7 @@ class Job:
     context: Mapping[str, Any] = field(default_factory=dict)
     """Hashes of checkpoint and text, device: whatever else the numbers depend on."""
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """What the result depends on, as a JSON value; the arm's name is no part of it."""
         return {
@@ -69,6 +70,11 @@ class Job:
             "quantizers": {str(site): name for site, name in self.quantizers.items()},
             **self.context,
         }
+
+    @cached_property
+    def config_hash(self) -> str:
+        """The hash of `config`: jobs that have it in common are one training."""
+        return content_hash(self.config)
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
@@ -135,7 +141,6 @@ class _Training:
         self.job = job
         self.accelerator = accelerator
         self.path = run.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE
-        self.config_hash = content_hash(job.config)
         plain = copy.deepcopy(model)
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
@@ -229,7 +234,7 @@ class _Training:
         buffer = io.BytesIO()
         self.stats.write_parquet(buffer)
         state = {
-            "config_hash": self.config_hash,
+            "config_hash": self.job.config_hash,
             "step": self.step,
             "seconds": self.seconds,
             "model": self.plain.state_dict(),
@@ -242,7 +247,7 @@ class _Training:
     def resume(self) -> None:
         """Go on from the state of an interrupted training of this job, if there is one."""
         state = _read_state(self.path)
-        if state is None or state["config_hash"] != self.config_hash:
+        if state is None or state["config_hash"] != self.job.config_hash:
             return
         self.plain.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -263,7 +268,7 @@ class _Training:
             "arm": job.arm,
             "seed": job.seed,
             "same_as": None,
-            "config_hash": self.config_hash,
+            "config_hash": self.job.config_hash,
             "config": job.config,
             "steps": recipe.steps,
             "tokens": recipe.steps * recipe.batch_size * recipe.seq_len,

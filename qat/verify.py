@@ -7,6 +7,7 @@ killed verify goes on, `--arms` may be given in portions, and a new plan costs o
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from bitplan.errors import BitplanError, CheckpointError, PlanError
 from bitplan.options import VerifyOptions
 from bitplan.planner.plan import Plan, read_plan
 from bitplan.planner.quantizers import ABSMAX, default_quantizer
-from bitplan.probe.checkpoint import Checkpoint, load_checkpoint, resolve_device
+from bitplan.probe.checkpoint import Checkpoint, load_profiled, resolve_device
 from bitplan.probe.modules import find_linears
 from bitplan.probe.text import Corpus, load_text, tokenize
 from bitplan.qat import record as files
@@ -138,15 +139,7 @@ def _checked_model(directory: RunDir, plan: Plan) -> Mapping[str, Any]:
 
 def _load(model: Mapping[str, Any], options: VerifyOptions) -> Checkpoint:
     """Load the run's checkpoint and check that it is still the one, and can be trained so."""
-    checkpoint = load_checkpoint(
-        model["source"], device="cpu", trust_remote_code=options.trust_remote_code
-    )
-    if checkpoint.content_hash != model["content_hash"]:
-        raise PlanError(
-            f"{model['source']} has changed since it was profiled: then "
-            f"{model['content_hash'][:8]}, now {checkpoint.content_hash[:8]}; "
-            "profile it into a new directory and plan again"
-        )
+    checkpoint = load_profiled(model, device="cpu", trust_remote_code=options.trust_remote_code)
     if not checkpoint.has_loss:
         raise CheckpointError(
             f"{model['source']} ({type(checkpoint.model).__name__}) predicts no next token: "
@@ -256,27 +249,29 @@ def _train(
     device: torch.device,
 ) -> None:
     """Train what is not finished, seed by seed; arms of equal configurations once."""
+    twins: dict[str, list[Job]] = {}
+    for job in itertools.chain.from_iterable(jobs.values()):
+        twins.setdefault(job.config_hash, []).append(job)
     asked = [jobs[arm.name][k] for k in range(options.seeds) for arm in arms]
     tasks: dict[str, _Task] = {}
     for job in asked:
-        if _trained(directory, jobs, job) is None:
-            key = content_hash(job.config)
-            tasks.setdefault(key, _Task(directory.path, start, job))
+        if _record_of(directory, job, twins) is None:
+            tasks.setdefault(job.config_hash, _Task(directory.path, start, job))
     if tasks:
-        devices = training_devices(options, device)
-        run_tasks(list(tasks.values()), devices, _work, "trainings")
+        run_tasks(list(tasks.values()), training_devices(options, device), _work, "trainings")
     for job in asked:
-        record = _trained(directory, jobs, job)
+        record = _record_of(directory, job, twins)
         assert record is not None
         if (record["arm"], record["seed"]) != (job.arm, job.seed):
             files.copy_arm(directory, record, job.arm)
 
 
-def _trained(directory: RunDir, jobs: Mapping[str, list[Job]], job: Job) -> dict[str, Any] | None:
-    """Return the record of a finished training of this configuration, the job's own if it can."""
-    twins = (name for name in jobs if any(j.config == job.config for j in jobs[name]))
-    names = dict.fromkeys([job.arm, *twins])
-    records = (files.finished(directory, name, job.seed, job.config) for name in names)
+def _record_of(
+    directory: RunDir, job: Job, twins: Mapping[str, list[Job]]
+) -> dict[str, Any] | None:
+    """Return the record of a finished training of a job, its own where there is one."""
+    alike = (job, *twins[job.config_hash])
+    records = (files.finished(directory, j.arm, j.seed, j.config_hash) for j in alike)
     return next(filter(None, records), None)
 
 
@@ -291,7 +286,7 @@ def _judge(
 ) -> Verdict:
     """Compare the arms that are finished for every seed."""
     records = {
-        name: [files.finished(directory, job.arm, job.seed, job.config) for job in of_arm]
+        name: [files.finished(directory, job.arm, job.seed, job.config_hash) for job in of_arm]
         for name, of_arm in jobs.items()
     }
     done = {name: [r for r in found if r] for name, found in records.items() if all(found)}
@@ -375,7 +370,7 @@ def _with_trained(
     directory: RunDir, jobs: Mapping[str, list[Job]], verdict: Verdict
 ) -> pl.DataFrame:
     """Return tables.TRAINED with the arms of one operand of this verdict as its last rows."""
-    recipe = content_hash([job.config for job in jobs[BASELINE]])
+    recipe = content_hash([job.config_hash for job in jobs[BASELINE]])
     rows = []
     for arm in verdict.arms:
         formats = jobs[arm.name][0].formats

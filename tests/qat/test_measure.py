@@ -98,7 +98,7 @@ def test_what_was_measured_is_not_measured_again(run, monkeypatch):
     def never(*_, **__):
         raise AssertionError("the model is not needed")
 
-    monkeypatch.setattr(measure, "load_checkpoint", never)
+    monkeypatch.setattr(measure, "load_profiled", never)
     plain = make_plan(run, replace(OPTIONS, measure=0))
     assert plain.plan.measured is None
     again = make_measured_plan(run, OPTIONS)

@@ -285,15 +285,15 @@ def test_an_arm_is_finished_only_under_its_own_configuration(
     model: Any, job: Job, run: Callable[[str], RunDir]
 ) -> None:
     directory = run("a")
-    assert files.finished(directory, job.arm, job.seed, job.config) is None
+    assert files.finished(directory, job.arm, job.seed, job.config_hash) is None
     record = train_arm(directory, model, job, make_accelerator(CPU))
-    assert files.finished(directory, job.arm, job.seed, job.config) == record
+    assert files.finished(directory, job.arm, job.seed, job.config_hash) == record
     other = replace(job, recipe=replace(RECIPE, lr=2e-3))
-    assert files.finished(directory, job.arm, job.seed, other.config) is None
+    assert files.finished(directory, job.arm, job.seed, other.config_hash) is None
     files.copy_arm(directory, record, "planned-weights")
     twin = replace(job, arm="planned-weights")
-    copied = files.finished(directory, twin.arm, twin.seed, twin.config)
+    copied = files.finished(directory, twin.arm, twin.seed, twin.config_hash)
     assert copied == record | {"arm": "planned-weights", "same_as": "planned"}
     assert_equal(results(directory, twin), results(directory, job))
     (directory.path / files.arm_dir(job.arm, job.seed) / files.STATS_FILE).unlink()
-    assert files.finished(directory, job.arm, job.seed, job.config) is None
+    assert files.finished(directory, job.arm, job.seed, job.config_hash) is None
