@@ -58,9 +58,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(checkpoint: Path) -> Path:
+def run(checkpoint: Path, prose: Path) -> Path:
     place = checkpoint.parent / "run"
-    profile_checkpoint(place, ProfileOptions(model=str(checkpoint), device="cpu", **TEXT))
+    asked = ProfileOptions(model=str(checkpoint), data=(str(prose),), device="cpu", **TEXT)
+    profile_checkpoint(place, asked)
     return place
 
 
@@ -72,7 +73,7 @@ def plan(run: Path) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def effects(checkpoint: Path) -> dict[str, Effect]:
+def effects(checkpoint: Path, prose: Path) -> dict[str, Effect]:
     """Measure every input, with its readers, and the planted weights, one by one at 4 bits."""
     loaded = load_checkpoint(str(checkpoint), device="cpu")
     items = find_linears(loaded.model)
@@ -83,7 +84,7 @@ def effects(checkpoint: Path) -> dict[str, Effect]:
     asked = [Intervention(name, sites) for name, sites in units.items()]
     weights = [Site.parse(f"{down(block)}:weight") for block in CHANNELS]
     asked += [Intervention(str(site), {site: LOW}) for site in weights]
-    ids = tokenize(load_text(), loaded.tokenizer, "calibration", **TEXT)
+    ids = tokenize(load_text((str(prose),)), loaded.tokenizer, "calibration", **TEXT)
     waves = measure_interventions(loaded.model, items, ids, asked)
     return {effect.intervention.name: effect for wave in waves for effect in wave}
 

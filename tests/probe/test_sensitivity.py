@@ -225,10 +225,10 @@ def test_formats_are_kept_to_the_operands_they_apply_to(build):
 
 
 @pytest.fixture(scope="module")
-def trained(build, tokenizer):
-    """A tiny Llama, trained a little on the standard library, and calibration tokens."""
+def trained(build, tokenizer, prose):
+    """A tiny Llama, trained a little, and calibration tokens."""
     model = build("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=3).train()
-    corpus = load_text()
+    corpus = load_text((str(prose),))
     ids = tokenize(corpus, tokenizer, "train", tokens=80 * 16 * 64, seq_len=64, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for batch in ids.split(16):
