@@ -4,23 +4,30 @@ Stages are imported inside their commands, so that `--help` answers without torc
 done; 1 the answer is no (verify: not converged); 2 wrong use or bad input.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from bitplan.cli_law import law
+from bitplan.cli_options import (
+    PATH,
+    count,
+    data_option,
+    json_flag,
+    list_option,
+    option,
+    refuse_others,
+    show,
+    trust_option,
+)
 from bitplan.errors import BitplanError
 from bitplan.options import PlanOptions, ProfileOptions, VerifyOptions
 
 EXIT_NO = 1
 EXIT_BAD_INPUT = 2
-
-Command = Callable[..., Any]
 
 
 class _Group(click.Group):
@@ -56,59 +63,9 @@ def main() -> None:
     """
 
 
-def _option(options: type, name: str, *flags: str, **kwargs: Any) -> Callable[[Command], Command]:
-    """Make a click option whose default is that of the field `name` of an options class."""
-    default = next(field.default for field in fields(options) if field.name == name)
-    return click.option(*flags, name, default=default, **kwargs)
-
-
-def _comma(_ctx: click.Context, _param: click.Parameter, value: Any) -> tuple[str, ...]:
-    """Split a comma-separated option; defaults come as tuples already."""
-    if isinstance(value, tuple):
-        return value
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _count(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """Return a number from 0 on, or the word `all`."""
-    return value if value == "all" else click.IntRange(0).convert(value, param, ctx)
-
-
-def _list_option(
-    options: type, name: str, flag: str, **kwargs: Any
-) -> Callable[[Command], Command]:
-    """Make a comma-separated option from a tuple field of an options class."""
-    default = next(field.default for field in fields(options) if field.name == name)
-    assert isinstance(default, tuple)
-    return click.option(
-        flag, name, default=",".join(default), callback=_comma, metavar="A,B", **kwargs
-    )
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_data = click.option(
-    "--data",
-    multiple=True,
-    metavar="PATH",
-    help="Text file or directory; may be repeated.  [default: Python's standard library]",
-)
-_trust = click.option(
-    "--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python code run."
-)
-_RUN = click.Path(path_type=Path)
-
-
-def _print(result: Any, as_json: bool) -> None:
-    """Print a stage's result: its `.as_json()` for machines, its `.as_text()` for people."""
-    if as_json:
-        click.echo(json.dumps(result.as_json(), indent=1, allow_nan=False))
-    else:
-        click.echo(result.as_text())
-
-
 @main.command()
 @click.argument("model", required=False)
-@click.option("-o", "--output", "run", type=_RUN, help="Run directory to write.")
+@click.option("-o", "--output", "run", type=PATH, help="Run directory to write.")
 @click.option(
     "--compare",
     nargs=2,
@@ -116,8 +73,8 @@ def _print(result: Any, as_json: bool) -> None:
     help="Say what changed from A to B: profiled run directories, or statistics of a training as "
     "RUN/arms/ARM/seed-K@STEP.",
 )
-@_data
-@_option(
+@data_option
+@option(
     ProfileOptions,
     "tokens",
     "--tokens",
@@ -125,7 +82,7 @@ def _print(result: Any, as_json: bool) -> None:
     show_default=True,
     help="Calibration tokens.",
 )
-@_option(
+@option(
     ProfileOptions,
     "seq_len",
     "--seq-len",
@@ -133,7 +90,7 @@ def _print(result: Any, as_json: bool) -> None:
     show_default=True,
     help="Tokens per sequence.",
 )
-@_list_option(
+@list_option(
     ProfileOptions,
     "formats",
     "--formats",
@@ -151,17 +108,17 @@ def _print(result: Any, as_json: bool) -> None:
     help="Run block by block, for models larger than memory.  [default: where it does not fit]",
 )
 @click.option("--no-sensitivity", is_flag=True, help="Skip the backward passes.")
-@_option(
+@option(
     ProfileOptions,
     "interventions",
     "--interventions",
-    callback=_count,
+    callback=count,
     metavar="N|all",
     show_default=True,
     help="Measure the N least certain estimates under quantization, a pass over the tokens each.",
 )
-@_option(ProfileOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
-@_option(
+@option(ProfileOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@option(
     ProfileOptions,
     "seed",
     "--seed",
@@ -169,8 +126,8 @@ def _print(result: Any, as_json: bool) -> None:
     show_default=True,
     help="Chooses the calibration text.",
 )
-@_trust
-@_json
+@trust_option
+@json_flag
 def profile(
     model: str | None,
     run: Path | None,
@@ -190,11 +147,11 @@ def profile(
     Example: bitplan profile --compare before after
     """
     if compare is not None:
-        _refuse_others("--compare", "compare", "as_json")
+        refuse_others("--compare", "compare", "as_json")
         from bitplan.probe.compare import compare as compare_snapshots
         from bitplan.probe.snapshot import load_snapshot
 
-        _print(compare_snapshots(*map(load_snapshot, compare)), as_json)
+        show(compare_snapshots(*map(load_snapshot, compare)), as_json)
         return
     if model is None or run is None:
         lacks = "MODEL" if model is None else "-o RUN"
@@ -202,39 +159,25 @@ def profile(
     from bitplan.probe.profile import profile_checkpoint
 
     asked = ProfileOptions(model=model, sensitivity=not no_sensitivity, **options)
-    _print(profile_checkpoint(run, asked), as_json)
-
-
-def _refuse_others(flag: str, *allowed: str) -> None:
-    """Raise a usage error where a parameter was given that a flag makes meaningless."""
-    ctx = click.get_current_context()
-    given = [
-        param.human_readable_name if isinstance(param, click.Argument) else param.opts[-1]
-        for param in ctx.command.params
-        if param.name is not None
-        and param.name not in allowed
-        and ctx.get_parameter_source(param.name) == click.core.ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise click.UsageError(f"{flag} goes without {', '.join(given)}")
+    show(profile_checkpoint(run, asked), as_json)
 
 
 @main.command()
-@click.argument("run", type=_RUN, required=False)
-@_option(
+@click.argument("run", type=PATH, required=False)
+@option(
     PlanOptions, "input_bits", "--input-bits", type=float, help="Average bits of inputs, by MACs."
 )
-@_option(PlanOptions, "weight_bits", "--weight-bits", type=float, help="Average bits of weights.")
-@_option(PlanOptions, "bit_ops", "--bit-ops", type=float, help="Bit operations per token.")
-@_option(PlanOptions, "bytes", "--bytes", type=float, help="Bytes of the planned weights.")
-@_option(
+@option(PlanOptions, "weight_bits", "--weight-bits", type=float, help="Average bits of weights.")
+@option(PlanOptions, "bit_ops", "--bit-ops", type=float, help="Bit operations per token.")
+@option(PlanOptions, "bytes", "--bytes", type=float, help="Bytes of the planned weights.")
+@option(
     PlanOptions,
     "time",
     "--time",
     metavar="DEVICE=MS",
     help="Matmul time on a device, e.g. H200=3.5.",
 )
-@_option(PlanOptions, "rule", "--rule", metavar="NAME", help="Take a rule's plan, e.g. fc2.")
+@option(PlanOptions, "rule", "--rule", metavar="NAME", help="Take a rule's plan, e.g. fc2.")
 @click.option(
     "--converge", is_flag=True, help="Cheapest inputs whose predicted error is the weights'."
 )
@@ -248,7 +191,7 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     metavar="GLOB=FORMAT>=X",
     help="At least (>=) or at most (<=) a share of some sites, e.g. 'fc2:input=int8-g128>=0.5'.",
 )
-@_list_option(
+@list_option(
     PlanOptions,
     "formats",
     "--formats",
@@ -264,7 +207,7 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="Train scales: lwc, lsq (weights), lac (inputs) or absmax.  [default: lac for inputs "
     "from 256 elements a scale on]",
 )
-@_option(
+@option(
     PlanOptions,
     "measure",
     "--measure",
@@ -275,7 +218,7 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="Measure the plan whole on the profile's text, and refine it with at most N plans.  "
     f"[default N: {PlanOptions.DEFAULT_MEASURE}]",
 )
-@_option(
+@option(
     PlanOptions,
     "tokens",
     "--tokens",
@@ -283,14 +226,14 @@ def _refuse_others(flag: str, *allowed: str) -> None:
     help="Tokens of the training to come, e.g. 100e9: plan for what the scaling law leaves of the "
     "losses, and say where the next bit should go.",
 )
-@_option(
+@option(
     PlanOptions,
     "params",
     "--params",
     type=float,
     help="Non-embedding parameters, with --tokens.  [default: the checkpoint's]",
 )
-@_option(
+@option(
     PlanOptions,
     "law",
     "--law",
@@ -305,18 +248,18 @@ def _refuse_others(flag: str, *allowed: str) -> None:
 @click.option(
     "--diff",
     nargs=2,
-    type=_RUN,
+    type=PATH,
     metavar="A B",
     help="Only tell what changed between two plans: run directories or plan.json files.",
 )
-@_option(
+@option(
     PlanOptions,
     "target",
     "--target",
     metavar="NAME",
     help="Plan what a library runs: vllm, torchao, ... (names as for export --to).",
 )
-@_json
+@json_flag
 def plan(
     run: Path | None,
     explain: str | None,
@@ -338,41 +281,41 @@ def plan(
     Example: bitplan plan --diff run other-run
     """
     if diff is not None:
-        _refuse_others("--diff", "diff", "as_json")
+        refuse_others("--diff", "diff", "as_json")
         from bitplan.planner.diff import diff_plans
 
-        _print(diff_plans(*diff), as_json)
+        show(diff_plans(*diff), as_json)
         return
     if run is None:
         raise click.UsageError("RUN is missing: bitplan plan RUN")
     if explain is not None:
-        _refuse_others("--explain", "explain", "run", "as_json")
+        refuse_others("--explain", "explain", "run", "as_json")
         from bitplan.planner.explain import explain_sites
 
-        _print(explain_sites(run, explain), as_json)
+        show(explain_sites(run, explain), as_json)
         return
     asked = PlanOptions(**options)
     if asked.measure:
         from bitplan.qat.measure import make_measured_plan
 
-        _print(make_measured_plan(run, asked), as_json)
+        show(make_measured_plan(run, asked), as_json)
         return
     from bitplan.planner.stage import make_plan
 
-    _print(make_plan(run, asked), as_json)
+    show(make_plan(run, asked), as_json)
 
 
 @main.command()
-@click.argument("run", type=_RUN)
-@_option(VerifyOptions, "steps", "--steps", type=click.IntRange(1), help="Optimizer steps per arm.")
-@_option(
+@click.argument("run", type=PATH)
+@option(VerifyOptions, "steps", "--steps", type=click.IntRange(1), help="Optimizer steps per arm.")
+@option(
     VerifyOptions,
     "tokens",
     "--tokens",
     type=click.IntRange(1),
     help=f"Training tokens per arm.  [default: {VerifyOptions.DEFAULT_TOKENS}]",
 )
-@_option(
+@option(
     VerifyOptions,
     "seeds",
     "--seeds",
@@ -380,7 +323,7 @@ def plan(
     show_default=True,
     help="Seeds per arm.",
 )
-@_option(
+@option(
     VerifyOptions,
     "batch_size",
     "--batch-size",
@@ -388,7 +331,7 @@ def plan(
     show_default=True,
     help="Sequences per step.",
 )
-@_option(
+@option(
     VerifyOptions,
     "seq_len",
     "--seq-len",
@@ -396,7 +339,7 @@ def plan(
     show_default=True,
     help="Tokens per sequence.",
 )
-@_option(
+@option(
     VerifyOptions,
     "eval_tokens",
     "--eval-tokens",
@@ -404,7 +347,7 @@ def plan(
     show_default=True,
     help="Held-out tokens.",
 )
-@_option(
+@option(
     VerifyOptions,
     "lr",
     "--lr",
@@ -412,7 +355,7 @@ def plan(
     help=f"Peak learning rate.  [default: {VerifyOptions.DEFAULT_LR:g}; "
     f"{VerifyOptions.SCRATCH_LR:g} from scratch]",
 )
-@_option(
+@option(
     VerifyOptions,
     "schedule",
     "--schedule",
@@ -420,38 +363,38 @@ def plan(
     show_default=True,
     help="How the rate falls; wsd: warmup, stable, decay.",
 )
-@_option(
+@option(
     VerifyOptions,
     "from_scratch",
     "--from-scratch",
     metavar="CONFIG",
     help="Start from random weights of this config.json (or its directory), not the checkpoint.",
 )
-@_data
-@_list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
+@data_option
+@list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
 @click.option(
     "--attribute",
     is_flag=True,
     help="Also train w4a4 with each role's inputs, and weights, at 8 bits.",
 )
-@_option(VerifyOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
-@_option(
+@option(VerifyOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@option(
     VerifyOptions,
     "gpus",
     "--gpus",
     type=click.IntRange(1),
     help="Train on this many GPUs, an arm on each.",
 )
-@_option(
+@option(
     VerifyOptions,
     "workers",
     "--workers",
     type=click.IntRange(1),
     help="Arms side by side on each device.  [default: 1]",
 )
-@_option(VerifyOptions, "seed", "--seed", type=int, show_default=True, help="First seed.")
-@_trust
-@_json
+@option(VerifyOptions, "seed", "--seed", type=int, show_default=True, help="First seed.")
+@trust_option
+@json_flag
 def verify(run: Path, as_json: bool, **options: Any) -> None:
     """Train the plan's arms from the checkpoint and say whether the errors converge.
 
@@ -463,15 +406,15 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
     from bitplan.qat.verify import verify_plan
 
     verdict = verify_plan(run, VerifyOptions(**options))
-    _print(verdict, as_json)
+    show(verdict, as_json)
     if verdict.verdict != "converged":
         raise click.exceptions.Exit(EXIT_NO)
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_RUN)
-@click.option("-o", "--output", type=_RUN, help="HTML file.  [default: RUN/report.html]")
-@_json
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("-o", "--output", type=PATH, help="HTML file.  [default: RUN/report.html]")
+@json_flag
 def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Render run directories as one self-contained HTML file.
 
@@ -479,14 +422,14 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """
     from bitplan.reports.report import write_report
 
-    _print(write_report(list(runs), output), as_json)
+    show(write_report(list(runs), output), as_json)
 
 
 @main.command()
-@click.argument("run", type=_RUN)
+@click.argument("run", type=PATH)
 @click.option("--to", "target", required=True, metavar="TARGET", help="What is to load the plan.")
-@click.option("-o", "--output", type=_RUN, help="Directory.  [default: RUN/export/TARGET]")
-@_json
+@click.option("-o", "--output", type=PATH, help="Directory.  [default: RUN/export/TARGET]")
+@json_flag
 def export(run: Path, target: str, output: Path | None, as_json: bool) -> None:
     """Write the plan as files that another library loads, or say what it cannot run.
 
@@ -497,7 +440,7 @@ def export(run: Path, target: str, output: Path | None, as_json: bool) -> None:
     """
     from bitplan.planner.export import export_plan
 
-    _print(export_plan(run, target, output), as_json)
+    show(export_plan(run, target, output), as_json)
 
 
 @main.command()
@@ -505,7 +448,7 @@ def export(run: Path, target: str, output: Path | None, as_json: bool) -> None:
     "-o",
     "--output",
     "run",
-    type=_RUN,
+    type=PATH,
     default=Path("bitplan-demo"),
     show_default=True,
     help="Run directory.",
@@ -521,87 +464,4 @@ def demo(run: Path) -> None:
         click.echo(text)
 
 
-@main.group()
-def law() -> None:
-    """Forecast what 4-bit training costs from parameters, tokens and group size alone.
-
-    \b
-    bitplan law predict --params 594.5e6 --tokens 100e9
-    bitplan law crossover
-    bitplan law fit RUN... -o law.json
-    """
-
-
-_law = click.option(
-    "--law",
-    "law_file",
-    type=_RUN,
-    metavar="FILE",
-    help="A law that `law fit` wrote.  [default: the paper's]",
-)
-
-
-@law.command()
-@click.option("--params", type=float, required=True, help="Non-embedding parameters, e.g. 594.5e6.")
-@click.option("--tokens", type=float, required=True, help="Training tokens, e.g. 100e9.")
-@click.option("--group-size", type=float, default=128, show_default=True, help="Elements a scale.")
-@click.option("--precision", default="w4a4", show_default=True, help="w4a4, w4a16 or w16a4.")
-@_law
-@_json
-def predict(
-    params: float,
-    tokens: float,
-    group_size: float,
-    precision: str,
-    law_file: Path | None,
-    as_json: bool,
-) -> None:
-    """Predict delta, final loss and R, with and without 8 bits at the inputs of FC2.
-
-    Example: bitplan law predict --params 594.5e6 --tokens 100e9 --group-size 128
-    """
-    from bitplan.forecast import predict
-    from bitplan.law import read_laws
-
-    _print(predict(params, tokens, group_size, precision, read_laws(law_file)), as_json)
-
-
-@law.command()
-@click.option("--params", type=float, multiple=True, help="Parameters; may be repeated.")
-@click.option("--group-size", "groups", type=float, multiple=True, help="May be repeated.")
-@_law
-@_json
-def crossover(
-    params: tuple[float, ...], groups: tuple[float, ...], law_file: Path | None, as_json: bool
-) -> None:
-    """Tell the training tokens at which the weights come to cost more than the inputs.
-
-    Example: bitplan law crossover --params 1e9 --group-size 32 --group-size 128
-    """
-    from bitplan import forecast
-    from bitplan.law import read_laws
-
-    found = forecast.crossover(
-        params or forecast.CROSSOVER_PARAMS,
-        groups or forecast.CROSSOVER_GROUPS,
-        read_laws(law_file),
-    )
-    _print(found, as_json)
-
-
-@law.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_RUN)
-@click.option("-o", "--output", type=_RUN, help="Where to write the law, as JSON.")
-@click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
-@_json
-def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool) -> None:
-    """Fit the law's constants, with intervals, to trainings from scratch.
-
-    RUN is a run directory of `verify --from-scratch`, or a Parquet file of trainings
-    (docs/formats.md).
-
-    Example: bitplan law fit runs/* -o law.json
-    """
-    from bitplan.qat.law_result import fit_law
-
-    _print(fit_law(runs, output, force=force), as_json)
+main.add_command(law)
