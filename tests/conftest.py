@@ -6,10 +6,10 @@ import os
 # and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import random  # noqa: E402
-from pathlib import Path  # noqa: E402
+import random
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
