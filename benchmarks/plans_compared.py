@@ -11,7 +11,6 @@ What is not given is verify's default. Beside the losses: the kurtosis of the li
 and after training, the median over sites and seeds by role.
 """
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from training import asked
 
 from bitplan.options import PlanOptions, VerifyOptions
 from bitplan.planner.stage import make_plan
@@ -76,16 +76,8 @@ def _by_role(stats: pl.DataFrame) -> pl.DataFrame:
 
 def main() -> None:
     """Compare, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--to", type=Path, default=RESULT)
-    for name in ("tokens", "seeds", "batch_size", "seq_len", "eval_tokens"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--device")
-    asked = vars(parser.parse_args())
-    source, result = asked.pop("run"), asked.pop("to")
-    training = VerifyOptions(**{name: value for name, value in asked.items() if value is not None})
+    source, result, given = asked(__doc__, RESULT)
+    training = VerifyOptions(**given)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(shutil.copytree(source, Path(folder) / "run"))
         rows = {name: row(run, options, training) for name, options in PLANS.items()}

@@ -20,8 +20,8 @@ CHANNELS = {0: 17, 2: 300}
 FACTOR = 64
 
 
-def main() -> None:
-    """Plant and save."""
+def plant(folder: Path) -> float:
+    """Save the checkpoint with its outliers; return the largest change of a logit."""
     loaded = load_checkpoint(str(EMBEDDED), device="cpu")
     model: Any = loaded.model
     ids = torch.arange(512)[None]
@@ -32,10 +32,10 @@ def main() -> None:
             mlp.up_proj.weight[channel] *= FACTOR
             mlp.down_proj.weight[:, channel] /= FACTOR
         change = (model(input_ids=ids).logits - before).abs().max()
-    model.save_pretrained(sys.argv[1])
-    loaded.tokenizer.save_pretrained(sys.argv[1])
-    print(f"largest change of a logit: {change:g}")
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return float(change)
 
 
 if __name__ == "__main__":
-    main()
+    print(f"largest change of a logit: {plant(Path(sys.argv[1])):g}")

@@ -7,13 +7,14 @@ Each row of ROWS quantizes one operand of the run's model uniformly and trains i
 checkpoint; delta is against bf16 on the same text and seeds. RUN is copied, not changed.
 """
 
-import argparse
 import shutil
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from training import asked
 
 from bitplan.options import PlanOptions, VerifyOptions
 from bitplan.planner.stage import make_plan
@@ -53,16 +54,7 @@ def row(run: Path, operand: str, name: str, quantizer: str, training: dict[str, 
 
 def main() -> None:
     """Compare, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--to", type=Path, default=RESULT)
-    for name in ("tokens", "seeds", "batch_size", "seq_len", "eval_tokens"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--device")
-    asked = vars(parser.parse_args())
-    source, result = asked.pop("run"), asked.pop("to")
-    training = {name: value for name, value in asked.items() if value is not None}
+    source, result, training = asked(__doc__, RESULT)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         run = Path(shutil.copytree(source, Path(folder) / "run"))

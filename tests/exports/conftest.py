@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitplan.formats import BF16, Format, parse_format
 from bitplan.planner.export import WRITERS
@@ -144,6 +145,21 @@ def llama() -> Callable[[list[Layer]], Any]:
         return LlamaForCausalLM(config).to(torch.bfloat16)
 
     return make
+
+
+@pytest.fixture
+def saved(llama: Callable[[list[Layer]], Any], tmp_path: Path) -> Callable[[list[Layer]], Path]:
+    """Return a writer of the Llama that has these layers, with a tokenizer; it returns its path."""
+
+    def save(layers: list[Layer]) -> Path:
+        place = tmp_path / "model"
+        llama(layers).save_pretrained(place)
+        words = {str(i): i for i in range(VOCAB)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(place)
+        return place
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -33,23 +33,18 @@ def test_every_module_is_rounded_as_planned(
     exported: Any,
     use: Any,
     llama: Any,
+    saved: Any,
     planned: Any,
     errors_beside_ours: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     monkeypatch.chdir(tmp_path)  # it keeps a work folder in the current one
     layers = every_pair("autoround")
-    llama(layers).save_pretrained(tmp_path / "model")
-    words = {str(i): i for i in range(256)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    place = saved(layers)
     code = use(exported("autoround", layers))
     rounder = code.rounder(
-        tmp_path / "model", iters=0, disable_opt_rtn=True, device_map="cpu", nsamples=1, seqlen=8
+        place, iters=0, disable_opt_rtn=True, device_map="cpu", nsamples=1, seqlen=8
     )
     model, config = rounder.quantize()
     given = {name: (spelled(row), spelled(row, "act_")) for name, row in config.items()}

@@ -33,22 +33,19 @@ def test_the_saved_checkpoint_is_quantized_as_planned(
     exported: Any,
     use: Any,
     llama: Any,
+    saved: Any,
     planned: Any,
     errors_beside_ours: Any,
     tmp_path: Path,
 ) -> None:
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     layers = every_pair(target)
-    llama(layers).save_pretrained(tmp_path / "model")
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
     # NVFP4 inputs have a scale for the whole tensor, which is calibrated.
     rows = {"input_ids": [list(range(16))] * 2, "attention_mask": [[1] * 16] * 2}
     use(exported(target, layers)).quantize(
-        tmp_path / "model",
+        saved(layers),
         tmp_path / "out",
         dataset=Dataset.from_dict(rows),
         num_calibration_samples=2,
