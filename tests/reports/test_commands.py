@@ -96,3 +96,12 @@ def test_every_spelled_option_is_one_the_command_line_has() -> None:
         flags = [word for word in words if word.startswith("--")]
         assert len(set(flags)) >= 9 or stage == "plan"
         assert [flag for flag in flags if f"{flag} " not in shown] == []
+
+
+def test_a_plan_that_stands_on_trainings_says_so_and_hashes_are_no_options() -> None:
+    plan = asdict(PlanOptions(converge=True)) | {"inputs": {"trained.parquet": "ab" * 32}}
+    verify = asdict(VerifyOptions(seeds=7)) | {"plan": "0123456789abcdef", "text": "f" * 32}
+    stages = {"plan": {"options": plan}, "verify": {"options": verify}}
+    found = reproduce({"stages": stages}, "r")
+    assert found[0].startswith("bitplan plan r --converge  # from trained.parquet: other plans")
+    assert found[1] == "bitplan verify r --seeds 7"
