@@ -1,6 +1,7 @@
 """What predicts the damage of quantizing one tensor: estimates against exhaustive measurement.
 
     python benchmarks/sensitivity_agreement.py [MODEL] [--tokens N] [--every K] [--format F]
+        [--device D]
 
 Every input (with all its fused readers) and every weight of the blocks is quantized by itself, and
 the change of loss and the KL divergence are measured on the calibration tokens. Against these stand
@@ -15,12 +16,13 @@ is not shared, and what the planner makes of them: `prediction` is planner/predi
 `gradient_delta_loss` what it would be without. `rmse_stderrs` is the root mean square of the
 differences from the measured loss, each over the standard error of both.
 
-Times are CPU seconds of this process. A pair is a (tensor, format): an input counts once, however
-many linears read it. Exhaustive is the measured time of a pair at one format, where up to eight
-pairs share an unquantized pass, times all pairs of all blocks at as many formats; its floor is a
-plain forward pass with its loss for each pair. The estimate is its whole profile of inputs: forward
-pass with statistics of the inputs and their errors in every format, and all backward passes. With
---every K only each K-th block is measured, and the estimate timed with the first set alone.
+Times are CPU seconds of this process, or on a GPU seconds of the clock. A pair is a (tensor,
+format): an input counts once, however many linears read it. Exhaustive is the measured time of a
+pair at one format, where up to eight pairs share an unquantized pass, times all pairs of all blocks
+at as many formats; its floor is a plain forward pass with its loss for each pair. The estimate is
+its whole profile of inputs: forward pass with statistics of the inputs and their errors in every
+format, and all backward passes. With --every K only each K-th block is measured, and the
+estimate timed with the first set alone.
 """
 
 import argparse
@@ -77,13 +79,19 @@ TIMED = (
 
 
 class Clock:
-    """CPU seconds since it was made."""
+    """Seconds since it was made: of the CPU, or of the clock where a GPU works."""
 
     def __init__(self) -> None:
-        self._start = time.process_time()
+        self._start = self._now()
 
     def seconds(self) -> float:
-        return time.process_time() - self._start
+        return self._now() - self._start
+
+    def _now(self) -> float:
+        if not torch.cuda.is_initialized():
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def units(items: Sequence[LinearModule], every: int) -> dict[tuple[str, str], list[LinearModule]]:
@@ -139,6 +147,7 @@ def rows_of(
     clock = Clock()
     with torch.no_grad():
         for one in ids.split(4):
+            one = one.to(model.device)
             summed_loss(model(input_ids=one, use_cache=False).logits, one)
     floor = clock.seconds()
     asked = [
@@ -257,13 +266,15 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--format", default="int4-g128")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="each K-th block alone")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", action="append", default=[], metavar="PATH")
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
     fmt = parse_format(asked.format)
-    checkpoint = load_checkpoint(asked.model, device="cpu")
+    checkpoint = load_checkpoint(asked.model, device=asked.device)
+    corpus = load_text(tuple(asked.data))
     ids = tokenize(
-        load_text(tuple(asked.data)),
+        corpus,
         checkpoint.tokenizer,
         "calibration",
         tokens=2 * asked.tokens,
@@ -285,15 +296,16 @@ def main() -> None:
         "model": Path(asked.model).name,
         "content_hash": checkpoint.content_hash,
         "weights_note": checkpoint.weights_note,
+        "text": {"source": corpus.source, "content_hash": corpus.content_hash},
         "tokens": ids.numel(),
         "seq_len": ids.shape[1],
         "every_block": asked.every,
         "format": fmt.name,
         "agreement": found,
-        "cpu_seconds": times,
+        "seconds": times,
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "hardware": hardware(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_initialized() else hardware(),
         "versions": versions(),
     }
     write_json(asked.output, result)

@@ -36,6 +36,7 @@ from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
+from bitplan.qat.step import Step
 from bitplan.rundir import RunDir, content_hash, hardware, write_atomic
 from bitplan.sites import Site
 from bitplan.tables import HELDOUT, METRICS, PROFILE
@@ -114,6 +115,7 @@ def train_arm(
                 training.run(save_every_s)
                 return training.finish()
         finally:
+            del training.passes  # it and the training hold each other, and so the GPU's memory
             accelerator.free_memory()
 
 
@@ -148,6 +150,8 @@ class _Training:
         self.sites = len(convert(plain, job.formats, job.quantizers).converted)
         self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
+        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+        self.passes = Step(self.forward_and_backward, self.plain, capture=alone)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
         every = max(1, job.recipe.steps // job.recipe.records)
@@ -186,14 +190,11 @@ class _Training:
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         batch = mine.to(self.accelerator.device)
         self.model.train()
-        loss = sequence_losses(self.model, batch).mean()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
-        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        loss, norm = self.passes(batch, recorded=(step + 1) % self.recorder.every == 0)
+        value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value) or not math.isfinite(float(norm)):
             self.fail(step, value, batch)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.recorder.step()
         self.step = step + 1
         self.metrics.append(
@@ -206,6 +207,13 @@ class _Training:
                 "seconds": self.seconds,
             }
         )
+
+    def forward_and_backward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave clipped gradients of a batch; return its loss and their norm before clipping."""
+        loss = sequence_losses(self.model, batch).mean()
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.job.recipe.clip_norm)
+        return loss.detach(), norm
 
     def fail(self, step: int, loss: float, batch: Tensor) -> None:
         """Raise TrainingError that names the first site which is not finite."""

@@ -1,0 +1,83 @@
+"""Forward, backward and clipping of one batch; on a GPU replayed as a CUDA graph.
+
+A training step of a small model is some thousand launches, and launching them takes longer than
+running them. So the first steps of an arm run as they are written, the next one is captured, and
+the ones after that replay it: the same kernels on the same numbers. A step whose activations are
+recorded runs as it is written, since the recorder's hooks are Python. The optimizer stays outside,
+so that a loss that is not finite is met before it reaches the weights.
+
+Not captured: several processes (their all-reduce belongs to the backward pass), CPUs, mixtures of
+experts (how many tokens an expert sees decides shapes), and models that read values on the host in
+their forward pass, which is only known from trying.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bitplan.probe.modules import find_linears
+
+WARMUP_STEPS = 3
+"""Steps before the capture: libraries allocate what they need when they first run."""
+
+Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From a batch of token ids to its loss and the gradients' norm, leaving clipped gradients."""
+
+
+class Step:
+    """Runs the forward and backward pass of batches of one shape."""
+
+    def __init__(self, run: Pass, model: nn.Module, *, capture: bool) -> None:
+        """Take the pass to run, which may set gradients of `model` to None first."""
+        self._run = run
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._steps_left = WARMUP_STEPS
+        self._captures = capture and all(i.linear.expert is None for i in find_linears(model))
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._gradients: list[Tensor | None] = []
+        self._batch = self._loss = self._norm = torch.empty(0)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replayed by now."""
+        return self._graph is not None
+
+    def __call__(self, batch: Tensor, *, recorded: bool = False) -> tuple[Tensor, Tensor]:
+        """Return loss and norm of a batch; `recorded`: hooks have to run."""
+        if recorded or not self._captures:
+            return self._plain(batch)
+        if self._steps_left > 0:
+            self._steps_left -= 1
+            return self._plain(batch)
+        if self._graph is None and not self._capture(batch):
+            return self._plain(batch)
+        return self._replay(batch)
+
+    def _plain(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        for parameter in self._parameters:
+            parameter.grad = None  # not those of the graph, which it writes anew
+        return self._run(batch)
+
+    def _capture(self, batch: Tensor) -> bool:
+        """Record the pass without running it; return whether that is possible."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._batch = batch.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._loss, self._norm = self._run(self._batch)
+        except RuntimeError:
+            self._captures = False
+            return False
+        self._graph, self._gradients = graph, [p.grad for p in self._parameters]
+        return True
+
+    def _replay(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._graph is not None
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._batch.copy_(batch)
+        self._graph.replay()
+        return self._loss, self._norm
