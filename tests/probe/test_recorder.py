@@ -659,3 +659,38 @@ def test_a_recording_step_leaves_memory_as_it_was() -> None:
             found.flush()
             counts.append(tensors())
     assert counts[1] == counts[2] == counts[3]
+
+
+class OnTwoDevices(nn.Module):
+    """Two linears, each where `devices` says."""
+
+    def __init__(self, devices: tuple[str, str]) -> None:
+        super().__init__()
+        self.devices = devices
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 32).to(devices[0])
+        self.second = nn.Linear(32, 8).to(devices[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.to(self.devices[0]))
+        return self.second(hidden.relu().to(self.devices[1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_several_devices_is_recorded_as_on_one() -> None:
+    def recorded(devices: tuple[str, str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+        model = OnTwoDevices(devices).train()
+        torch.manual_seed(1)
+        batches = [torch.randn(4, 6, 16) for _ in range(3)]
+        with Recorder(model, formats=["int4-g128"], drift=True) as found:
+            for batch in batches:
+                model(batch).sum().backward()
+                found.step()
+        return found.frame(), found.errors_frame()
+
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    plain = recorded(("cpu", "cpu"))
+    for devices in (("cpu", last), ("cuda:0", last)):
+        for found, expected in zip(recorded(devices), plain, strict=True):
+            assert_frame_equal(found, expected, rel_tol=1e-4, abs_tol=1e-5)
