@@ -1,6 +1,6 @@
-"""Training small models on a GPU: steps replayed as a CUDA graph against steps as written.
+"""Training small models on a GPU: steps as written, replayed as a CUDA graph, and compiled for it.
 
-    python benchmarks/captured_step.py [--workers 1,4] [--batch-size 64] [--seq-len 256]
+    python benchmarks/captured_step.py [--workers 1,4] [--sizes 3M,11M]
 
 Llama-style models from 1M to 30M non-embedding parameters with a vocabulary of 4,096, on random
 tokens, through train_arm: bf16 and w4a4 (int4-g128), tokens per second over the steps after the
@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,7 +50,10 @@ def model(size: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def rate(size: str, arm: str, captured: bool, batch_size: int, seq_len: int) -> float:
+WAYS = {"written": (False, False), "captured": (True, False), "compiled": (True, True)}
+
+
+def rate(size: str, arm: str, way: str, batch_size: int, seq_len: int) -> float:
     """Return tokens per second of one training."""
     plain = model(size)
     fmt = parse_format("int4-g128")
@@ -60,6 +64,8 @@ def rate(size: str, arm: str, captured: bool, batch_size: int, seq_len: int) -> 
         if item.linear.role in PLANNED_ROLES and arm == "w4a4"
     }
     recipe = Recipe(steps=STEPS, batch_size=batch_size, seq_len=seq_len, lr=1e-3, records=1)
+    captured, compiled = WAYS[way]
+    recipe = replace(recipe, compiled=compiled)
     job = train.Job(
         arm=arm,
         seed=0,
@@ -70,8 +76,8 @@ def rate(size: str, arm: str, captured: bool, batch_size: int, seq_len: int) -> 
         heldout=torch.randint(0, 4096, (batch_size, seq_len)),
     )
 
-    def step(run, model, *, capture):  # type: ignore[no-untyped-def]
-        return Step(run, model, capture=capture and captured)
+    def step(*args, capture, **named):  # type: ignore[no-untyped-def]
+        return Step(*args, capture=capture and captured, **named)
 
     with tempfile.TemporaryDirectory() as place, patch.object(train, "Step", step):
         run = RunDir.create(Path(place) / "run")
@@ -85,21 +91,23 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", default="1,4")
+    parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
+    sizes = asked.sizes.split(",")
     rows = []
     for workers in map(int, asked.workers.split(",")):
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for size, arm, captured in itertools.product(SIZES, ("bf16", "w4a4"), (False, True)):
-                case = (size, arm, captured, asked.batch_size, asked.seq_len)
+            for size, arm, way in itertools.product(sizes, ("bf16", "w4a4"), WAYS):
+                case = (size, arm, way, asked.batch_size, asked.seq_len)
                 rates = pool.starmap(rate, [case] * workers, chunksize=1)
                 rows.append(
                     {
                         "size": size,
                         "arm": arm,
-                        "captured": captured,
+                        "way": way,
                         "workers": workers,
                         "tokens_per_s": round(sum(rates)),
                     }

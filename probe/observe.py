@@ -13,10 +13,11 @@ skipping costs a dictionary look-up. Without torch.compile the hook makes that c
 torch.compile does not notice hooks that come after it compiled, so `observe` makes it start over.
 """
 
+import contextlib
 import itertools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -34,17 +35,39 @@ class Observer(Protocol):
 class Observation:
     """Hooks on modules, and the keys under which their inputs are delivered."""
 
-    def __init__(self, keys: list[int], handles: list[Any]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], keys: list[int], token: Tensor) -> None:
+        self._modules = list(modules)
         self._keys = keys
-        self._handles = handles
+        self._token = token
+        self._handles: list[Any] = []
+        self._hook()
 
     def stop(self) -> None:
         """Remove the hooks; what they left in compiled graphs does nothing from now on."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         for key in self._keys:
             del _OBSERVERS[key]
-        self._keys, self._handles = [], []
+        self._modules, self._keys = [], []
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the hooks off for as long as the block runs."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self._hook()
+
+    def _hook(self) -> None:
+        self._handles = [
+            module.register_forward_pre_hook(partial(_hook, key, self._token), with_kwargs=True)
+            for module, key in zip(self._modules, self._keys, strict=True)
+        ]
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 _OBSERVERS: dict[int, tuple[weakref.ref[Observer], int]] = {}
@@ -52,19 +75,22 @@ _KEYS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictiona
 _NEW_KEYS = itertools.count()
 
 
-def observe(modules: Sequence[nn.Module], observer: Observer) -> Observation:
-    """Call `observer.see` with the first argument of every call of the modules, until `stop`."""
-    if "torch._dynamo" in sys.modules:
+def observe(
+    modules: Sequence[nn.Module], observer: Observer, *, restart: bool = True
+) -> Observation:
+    """Call `observer.see` with the first argument of every call of the modules, until `stop`.
+
+    restart: let compiled code start over; not where the hooks are `hidden` whenever it runs.
+    """
+    if restart and "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     token = _token()
-    keys, handles = [], []
+    keys = []
     for index, module in enumerate(modules):
         key = _free_key(module)
         _OBSERVERS[key] = (weakref.ref(observer), index)
-        hook = partial(_hook, key, token)
         keys.append(key)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    return Observation(keys, handles)
+    return Observation(modules, keys, token)
 
 
 def _hook(

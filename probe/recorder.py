@@ -26,7 +26,8 @@ Where torch.distributed runs, the statistics of all ranks are joined in `step` (
 every rank holds the same tables: enter the recorder and mark the steps on every rank.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -100,7 +101,8 @@ class Recorder:
     evaluation: count forward passes in evaluation mode too; `step` still says when to record.
     optimizer: calls `step` by itself. drift: keep a copy of the weights, made on entry, and record
     how far they moved. start: optimizer steps already taken, for a training that resumes.
-    merge_ranks: join the statistics of all ranks where torch.distributed runs.
+    merge_ranks: join the statistics of all ranks where torch.distributed runs. restart: let
+    compiled code start over on entry; not where it only ever runs while the recorder is `hidden`.
     Raises CheckpointError on entry where the model has no linear, or ranks hold different ones.
     """
 
@@ -116,6 +118,7 @@ class Recorder:
         drift: bool = False,
         start: int = 0,
         merge_ranks: bool = True,
+        restart: bool = True,
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: record every 1st step or fewer")
@@ -129,6 +132,7 @@ class Recorder:
         self._evaluation = evaluation
         self._drift = drift
         self._merge_ranks = merge_ranks
+        self._restart = restart
         self._handle: Any = None
         self._clear()
         self._sites: list[tuple[Linear, Operand]] = []
@@ -164,7 +168,8 @@ class Recorder:
         self._devices = {item.linear.module: item.weight().device for item in linears}
         if inputs:
             self._streams = Streams([item.linear for item in inputs], self._new_input)
-            self._observation = observe([item.module for item in inputs], self)
+            modules = [item.module for item in inputs]
+            self._observation = observe(modules, self, restart=self._restart)
         if self.optimizer is not None:
             self._handle = self.optimizer.register_step_post_hook(self._after_optimizer)
         return self
@@ -181,6 +186,15 @@ class Recorder:
             self._handle.remove()
             self._handle = None
         self._clear()
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the hooks off the model for as long as the block runs: its inputs do not count."""
+        if self._observation is None:
+            yield
+        else:
+            with self._observation.hidden():
+                yield
 
     def step(self) -> None:
         """Mark the end of an optimizer step; record it if it is one of every `every`."""

@@ -127,7 +127,8 @@ class InputQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` rounded, [..., in_features]."""
-        if self.num_readers == 1 or x.is_inference():
+        # The compiler sees by itself that readers of a tensor round it alike.
+        if self.num_readers == 1 or torch.compiler.is_compiling() or x.is_inference():
             return self._round(x)
         if self._slot is None or self._slot[0] is not x or self._slot[1] != x._version:
             self._slot = (x, x._version, self._round(x))
@@ -155,6 +156,8 @@ class WeightQuantizer:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the weight rounded along its last dimension."""
+        if torch.compiler.is_compiling():
+            return _rounded(weight, self.format, self.factor, self.step)
         if torch.is_grad_enabled() or weight.is_inference():
             self._slot = None
             return _rounded(weight, self.format, self.factor, self.step)

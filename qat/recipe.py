@@ -39,6 +39,8 @@ class Recipe:
     factor_lr: float = 1e-2
     """Peak learning rate of the factors of trained scales."""
     clip_norm: float = 1.0
+    compiled: bool = False
+    """Compile the blocks, where steps are captured (step.py)."""
     records: int = 2
     """How often statistics are recorded: half way and at the end."""
 

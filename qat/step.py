@@ -2,16 +2,19 @@
 
 A training step of a small model is some thousand launches, and launching them takes longer than
 running them. So the first steps of an arm run as they are written, the next one is captured, and
-the ones after that replay it: the same kernels on the same numbers. A step whose activations are
-recorded runs as it is written, since the recorder's hooks are Python. The optimizer stays outside,
-so that a loss that is not finite is met before it reaches the weights.
+the ones after that replay it: the same kernels on the same numbers. With `compiled` the blocks of
+the model are compiled for the capture (torch.compile), which leaves a few large kernels of the many
+small ones and rounds a little differently; blocks and arms of equal formats share what is compiled.
+A step whose activations are recorded runs as it is written, since the recorder's hooks are Python.
+The optimizer stays outside, so that a loss that is not finite is met before it reaches the weights.
 
 Not captured: several processes (their all-reduce belongs to the backward pass), CPUs, mixtures of
 experts (how many tokens an expert sees decides shapes), and models that read values on the host in
 their forward pass, which is only known from trying.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ from bitplan.probe.modules import find_linears
 
 WARMUP_STEPS = 3
 """Steps before the capture: libraries allocate what they need when they first run."""
+COMPILED_CODES = 1024
+"""Of a block's forward, at most: each set of formats and sizes is one. torch's limit is 8."""
 
 Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a batch of token ids to its loss and the gradients' norm, leaving clipped gradients."""
@@ -28,12 +33,25 @@ Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Step:
     """Runs the forward and backward pass of batches of one shape."""
 
-    def __init__(self, run: Pass, model: nn.Module, *, capture: bool) -> None:
-        """Take the pass to run, which may set gradients of `model` to None first."""
+    def __init__(
+        self,
+        run: Pass,
+        model: nn.Module,
+        *,
+        capture: bool,
+        compiled: bool = False,
+        unhooked: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Take the pass to run, which adds to the gradients of `model`.
+
+        unhooked: makes a context without the hooks that a captured pass does not need.
+        """
         self._run = run
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._steps_left = WARMUP_STEPS
         self._captures = capture and all(i.linear.expert is None for i in find_linears(model))
+        self._blocks = find_blocks(model) if compiled else []
+        self._unhooked = unhooked
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients: list[Tensor | None] = []
         self._batch = self._loss = self._norm = torch.empty(0)
@@ -55,22 +73,29 @@ class Step:
         return self._replay(batch)
 
     def _plain(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        for parameter in self._parameters:
-            parameter.grad = None  # not those of the graph, which it writes anew
+        self._forget_gradients()  # those of the graph, too, which it writes anew
         return self._run(batch)
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _capture(self, batch: Tensor) -> bool:
         """Record the pass without running it; return whether that is possible."""
-        for parameter in self._parameters:
-            parameter.grad = None
         self._batch = batch.clone()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._loss, self._norm = self._run(self._batch)
-        except RuntimeError:
-            self._captures = False
-            return False
+        with self._unhooked(), _compiled(self._blocks):
+            if self._blocks:
+                random = torch.cuda.get_rng_state(batch.device)
+                self._plain(self._batch)  # compiles, which a capture cannot
+                torch.cuda.set_rng_state(random, batch.device)
+            self._forget_gradients()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._loss, self._norm = self._run(self._batch)
+            except RuntimeError:
+                self._captures = False
+                return False
         self._graph, self._gradients = graph, [p.grad for p in self._parameters]
         return True
 
@@ -81,3 +106,34 @@ class Step:
         self._batch.copy_(batch)
         self._graph.replay()
         return self._loss, self._norm
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold the linears of a block each, in order."""
+    names: dict[str, None] = {}
+    for item in find_linears(model):
+        if item.linear.block is not None:
+            parts = item.linear.module.split(".")
+            names[".".join(parts[: parts.index(str(item.linear.block)) + 1])] = None
+    return [model.get_submodule(name) for name in names]
+
+
+@contextlib.contextmanager
+def _compiled(blocks: list[nn.Module]) -> Iterator[None]:
+    """Let the blocks run compiled; what was compiled stays for other arms."""
+    if not blocks:
+        yield
+        return
+    limits = {
+        "recompile_limit": COMPILED_CODES,
+        "accumulated_recompile_limit": 4 * COMPILED_CODES,
+        "fail_on_recompile_limit_hit": True,
+    }
+    with torch._dynamo.config.patch(limits):
+        for block in blocks:
+            block.compile(dynamic=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None

@@ -150,12 +150,17 @@ class _Training:
         self.sites = len(convert(plain, job.formats, job.quantizers).converted)
         self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
-        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-        self.passes = Step(self.forward_and_backward, self.plain, capture=alone)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
         every = max(1, job.recipe.steps // job.recipe.records)
-        self.recorder = Recorder(self.plain, every, drift=True)
+        self.recorder = Recorder(self.plain, every, drift=True, restart=False)
+        self.passes = Step(
+            self.forward_and_backward,
+            self.plain,
+            capture=accelerator.device.type == "cuda" and accelerator.num_processes == 1,
+            compiled=job.recipe.compiled,
+            unhooked=self.recorder.hidden,
+        )
         self.earlier = PROFILE.frame([])  # statistics from before an interruption
         self.start = time.monotonic()
 
