@@ -7,7 +7,9 @@ schedule from a peak of their own, undecayed.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -63,14 +65,25 @@ def share_of_peak(step: int, recipe: Recipe) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return each sequence's mean next-token loss, [sequence], nats; ids: [sequence, seq_len]."""
-    logits = model(input_ids=ids).logits.float()
-    # The last position has no next token. Ignoring it costs less than slicing it off: the logits
-    # are the largest tensor of small models.
+def sequence_losses(model: nn.Module, ids: Tensor, *, compiled: bool = False) -> Tensor:
+    """Return each sequence's mean next-token loss, [sequence], nats; ids: [sequence, seq_len].
+
+    compiled: from the logits on; they are the largest tensor of small models, and read once.
+    """
+    logits = model(input_ids=ids).logits
+    return (_compiled_losses() if compiled else _losses)(logits, ids)
+
+
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    # The last position has no next token. Ignoring it costs less than slicing it off.
     following = F.pad(ids[:, 1:], (0, 1), value=-100)
-    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+    losses = F.cross_entropy(logits.float().flatten(0, 1), following.flatten(), reduction="none")
     return losses.view(ids.shape).sum(1) / (ids.shape[1] - 1)
+
+
+@cache
+def _compiled_losses() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_losses, dynamic=False)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ their forward pass, which is only known from trying.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +86,21 @@ class Step:
         self._batch = batch.clone()
         with self._unhooked(), _compiled(self._blocks):
             if self._blocks:
-                random = torch.cuda.get_rng_state(batch.device)
                 self._plain(self._batch)  # compiles, which a capture cannot
-                torch.cuda.set_rng_state(random, batch.device)
             self._forget_gradients()
             graph = torch.cuda.CUDAGraph()
+            random = torch.cuda.default_generators[batch.device.index]
+            before = random.clone_state()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                # Transformers builds a mask where it sees a capture, and leaves it out elsewhere.
+                with (
+                    patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                ):
                     self._loss, self._norm = self._run(self._batch)
             except RuntimeError:
+                # A capture that failed leaves the generator waiting for its end.
+                random.graphsafe_set_state(before)
                 self._captures = False
                 return False
         self._graph, self._gradients = graph, [p.grad for p in self._parameters]

@@ -215,7 +215,8 @@ class _Training:
 
     def forward_and_backward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Leave clipped gradients of a batch; return its loss and their norm before clipping."""
-        loss = sequence_losses(self.model, batch).mean()
+        compiled = self.job.recipe.compiled and batch.is_cuda
+        loss = sequence_losses(self.model, batch, compiled=compiled).mean()
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.job.recipe.clip_norm)
         return loss.detach(), norm
