@@ -303,6 +303,26 @@ TRAININGS = Table(
         _c("loss", pl.Float64, "nats per token", "final held-out loss"),
         _c("text", pl.String, "", "hash of the held-out text"),
         _c("tokenizer", pl.String, "", "hash of what the tokenizer is from"),
+        _c("schedule", pl.String, "", "how the learning rate fell, cosine or wsd; null: unknown"),
+    ),
+)
+
+SWEEP = Table(
+    "sweep.parquet",
+    "a training of a sweep, finished; what `law fit` reads where the run directories are gone",
+    (
+        *TRAININGS.columns,
+        _c("delta", pl.Float64, "nats per token", "loss less that of the bf16 of its seed"),
+        _c("stderr", pl.Float64, "nats per token", "of delta, over the held-out sequences"),
+        _c("lr", pl.Float64, "", "peak learning rate"),
+        _c("batch_size", pl.Int64, "sequences", "sequences a step"),
+        _c("seq_len", pl.Int64, "tokens", "tokens a sequence"),
+        _c("seconds", pl.Float64, "s", "time of the training"),
+        _c("tokens_per_second", pl.Float64, "tokens/s", "tokens over seconds"),
+        _c("hardware", pl.String, "", "what trained it"),
+        _c("run", pl.String, "", "name of its run directory"),
+        _c("arm", pl.String, "", "name of its arm there"),
+        _c("config_hash", pl.String, "", "hash of all that the loss depends on"),
     ),
 )
 
@@ -317,4 +337,5 @@ TABLES = (
     HELDOUT,
     TRAINED,
     TRAININGS,
+    SWEEP,
 )
