@@ -297,7 +297,12 @@ TRAININGS = Table(
     (
         _c("params", pl.Int64, "parameters", "non-embedding parameters, N"),
         _c("tokens", pl.Int64, "tokens", "training tokens, D"),
-        _c("group_size", pl.Int64, "elements", "elements that share a scale, G; null for bf16"),
+        _c(
+            "group_size",
+            pl.Int64,
+            "elements",
+            "elements that share a scale, G: of rows, the mean in log2; null for bf16",
+        ),
         _c("precision", pl.String, "", "bf16, w4a4, w4a16, w16a4, w4a4+fc2 or w16a4+fc2"),
         _c("seed", pl.Int64, "", "trainings of one seed share weights and batches"),
         _c("loss", pl.Float64, "nats per token", "final held-out loss"),

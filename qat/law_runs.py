@@ -1,4 +1,4 @@
-"""Trainings as points of the scaling law: run directories or Parquet in, one table out.
+"""Trainings as points of the scaling law: runs, sweeps or Parquet in, one table out.
 
 A run directory counts where `verify --from-scratch` trained it. What an arm is in the words of the
 law follows from its formats, not from its name: all weights in one 4-bit format and all inputs bf16
@@ -75,19 +75,20 @@ def _of_run(run: RunDir) -> tuple[list[dict[str, Any]], int]:
         if record.get("same_as") or not record["config"].get("from_scratch"):
             continue
         formats = {site: parse_format(name) for site, name in record["config"]["formats"].items()}
-        stats = pl.read_parquet(path.with_name(STATS_FILE), columns=["site", "role", "in_features"])
+        stats = pl.read_parquet(
+            path.with_name(STATS_FILE), columns=["site", "role", "in_features", "out_features"]
+        ).unique("site")
         precision = classify(formats, dict(stats.select("site", "role").iter_rows()))
         if precision is None:
             left_out += 1
             continue
         recipe = record["config"]["recipe"]
-        length = dict(stats.select("site", "in_features").iter_rows())
         tokenizer = record["config"].get("tokenizer")
         rows.append(
             {
                 "params": record["num_non_embedding_parameters"],
                 "tokens": record["tokens"],
-                "group_size": _group_size(formats, length),
+                "group_size": _group_size(formats, stats),
                 "precision": precision,
                 "seed": record["seed"],
                 "loss": record["loss"]["heldout"],
@@ -163,10 +164,23 @@ def _uniform(formats: Mapping[str, Format], sites: Iterable[str]) -> int | None:
     return bits.pop() if len(bits) == 1 else None
 
 
-def _group_size(formats: Mapping[str, Format], length: Mapping[str, int]) -> int | None:
-    """Return the elements that share a scale at 4 bits, the shortest row where rows do."""
-    sizes = [f.group_size or length[site] for site, f in formats.items() if f.bits == 4]
-    return min(sizes, default=None)
+def _group_size(formats: Mapping[str, Format], shapes: pl.DataFrame) -> int | None:
+    """Return the elements that share a scale at 4 bits; None where nothing has 4.
+
+    Where the sites differ, as rows do, the size whose log2, which is what the law takes, is the
+    mean of theirs, weighted by the elements of the weight.
+    """
+    at_4 = {site: f.group_size for site, f in formats.items() if f.bits == 4}
+    if not at_4:
+        return None
+    found = shapes.filter(pl.col("site").is_in(list(at_4))).with_columns(
+        size=pl.col("site")
+        .replace_strict(at_4, return_dtype=pl.Int64)
+        .fill_null(pl.col("in_features")),
+        weight=pl.col("in_features") * pl.col("out_features"),
+    )
+    logs = np.average(np.log2(found["size"].to_numpy()), weights=found["weight"].to_numpy())
+    return round(2.0 ** float(logs))
 
 
 def deltas(trainings: pl.DataFrame) -> pl.DataFrame:

@@ -58,7 +58,7 @@ class Precision:
     input_bits: int
     fc2_input_bits: int
 
-    def format(self, role: str, operand: Operand, group_size: int | str) -> Format | None:
+    def format(self, role: str, operand: Operand, group_size: int | str | None) -> Format | None:
         """Return the format of a planned site; None where it stays bf16."""
         bits = self.weight_bits
         if operand == "input":

@@ -73,7 +73,7 @@ class Tokens:
 
 @lru_cache(maxsize=1)
 def _mapped(path: str, seq_len: int) -> npt.NDArray[Any]:
-    flat = np.load(Path(path) / TRAIN_FILE, mmap_mode="r")
+    flat: npt.NDArray[Any] = np.load(Path(path) / TRAIN_FILE, mmap_mode="r")
     return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)
 
 
@@ -90,7 +90,7 @@ def tokenize_once(
     Raises DataError where there is no text or too little for eval_tokens.
     """
     corpus = load_text(data)
-    asked = {
+    asked: dict[str, Any] = {
         "source": corpus.source,
         "text": corpus.content_hash,
         "tokenizer": hash_tokenizer(tokenizer),

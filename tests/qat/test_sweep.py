@@ -73,6 +73,8 @@ def test_every_cell_is_trained_once(grid: Callable[..., Path], tmp_path: Path) -
     assert table.height == 5
     assert first.items() <= losses(out).items()
     assert set(table["precision"]) == {"bf16", "w4a4", "w16a4+fc2"}
+    # Rows are 16 long but those of FC2, which has 512 of the 2,560 elements: 2^(4 + 1/5).
+    assert set(table["group_size"]) == {None, 16, 18}
     assert table["params"].n_unique() == 1
 
 
