@@ -301,7 +301,7 @@ TRAININGS = Table(
             "group_size",
             pl.Int64,
             "elements",
-            "elements that share a scale, G: of rows, the mean in log2; null for bf16",
+            "elements that share a scale, G (of whole rows, their mean in log2); null for bf16",
         ),
         _c("precision", pl.String, "", "bf16, w4a4, w4a16, w16a4, w4a4+fc2 or w16a4+fc2"),
         _c("seed", pl.Int64, "", "trainings of one seed share weights and batches"),
