@@ -24,7 +24,7 @@ from bitplan.cli_options import (
     trust_option,
 )
 from bitplan.errors import BitplanError
-from bitplan.options import PlanOptions, ProfileOptions, VerifyOptions
+from bitplan.options import PlanOptions, ProfileOptions, SweepOptions, VerifyOptions
 
 EXIT_NO = 1
 EXIT_BAD_INPUT = 2
@@ -60,6 +60,7 @@ def main() -> None:
     bitplan report RUN                     one HTML file
     bitplan export RUN --to TARGET         the plan as files that another library loads
     bitplan law predict ...                forecast the cost of a training
+    bitplan sweep GRID.toml -o SWEEP       train a grid of models, for a law of your own
     """
 
 
@@ -408,6 +409,43 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
     verdict = verify_plan(run, VerifyOptions(**options))
     show(verdict, as_json)
     if verdict.verdict != "converged":
+        raise click.exceptions.Exit(EXIT_NO)
+
+
+@main.command()
+@click.argument("grid", type=PATH)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    default=Path("sweep"),
+    show_default=True,
+    help="Directory of the sweep; several machines may share it.",
+)
+@option(SweepOptions, "device", "--device", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@option(SweepOptions, "gpus", "--gpus", type=click.IntRange(1), help="Train on this many GPUs.")
+@option(
+    SweepOptions,
+    "workers",
+    "--workers",
+    type=click.IntRange(1),
+    help="Trainings side by side on each device.  [default: 1]",
+)
+@click.option("--dry-run", is_flag=True, help="Say what there is to train, and train nothing.")
+@json_flag
+def sweep(grid: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Train a grid of models, tokens, group sizes, precisions and seeds from scratch.
+
+    GRID is a TOML file (docs/sweep.md). What is finished is never trained again: a killed sweep
+    goes on when it is called again, and a grid may grow. Exit code 1 means some trainings failed.
+
+    Example: bitplan sweep grid.toml -o sweep --gpus 4 --workers 4
+    """
+    from bitplan.qat.sweep import run_sweep
+
+    found = run_sweep(grid, output, SweepOptions(**options))
+    show(found, as_json)
+    if found.failed:
         raise click.exceptions.Exit(EXIT_NO)
 
 

@@ -83,8 +83,8 @@ def crossover(
 def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool) -> None:
     """Fit the law's constants, with intervals, to trainings from scratch.
 
-    RUN is a run directory of `verify --from-scratch`, or a Parquet file of trainings
-    (docs/formats.md).
+    RUN is a run directory of `verify --from-scratch`, the directory of a `sweep`, or a Parquet file
+    of trainings (docs/formats.md).
 
     Example: bitplan law fit runs/* -o law.json
     """

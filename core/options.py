@@ -129,6 +129,20 @@ class VerifyOptions:
     SCRATCH_LR = 1.5e-3
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Where the cells of a grid are trained, and how many at once."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or auto."""
+    gpus: int | None = None
+    """GPUs to train on."""
+    workers: int | None = None
+    """Trainings side by side on each device; None: one."""
+    dry_run: bool = False
+    """Say what there is to train, and train nothing."""
+
+
 # Options given once per value, and what says no to one that is on by default or decided later.
 _REPEATED = {"data": "--data", "pins": "--pin", "shares": "--share", "quantizers": "--quantizer"}
 _OFF = {"sensitivity": "--no-sensitivity", "stream": "--no-stream"}

@@ -44,3 +44,9 @@ def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterat
             )
             print(f"{label}: {done} of {total or '?'}, {now - start:.0f} s{left}", file=sys.stderr)
         yield item
+
+
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)

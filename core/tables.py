@@ -297,12 +297,37 @@ TRAININGS = Table(
     (
         _c("params", pl.Int64, "parameters", "non-embedding parameters, N"),
         _c("tokens", pl.Int64, "tokens", "training tokens, D"),
-        _c("group_size", pl.Int64, "elements", "elements that share a scale, G; null for bf16"),
+        _c(
+            "group_size",
+            pl.Int64,
+            "elements",
+            "elements that share a scale, G (of whole rows, their mean in log2); null for bf16",
+        ),
         _c("precision", pl.String, "", "bf16, w4a4, w4a16, w16a4, w4a4+fc2 or w16a4+fc2"),
         _c("seed", pl.Int64, "", "trainings of one seed share weights and batches"),
         _c("loss", pl.Float64, "nats per token", "final held-out loss"),
         _c("text", pl.String, "", "hash of the held-out text"),
         _c("tokenizer", pl.String, "", "hash of what the tokenizer is from"),
+        _c("schedule", pl.String, "", "how the learning rate fell, cosine or wsd; null: unknown"),
+    ),
+)
+
+SWEEP = Table(
+    "sweep.parquet",
+    "a training of a sweep, finished; what `law fit` reads where the run directories are gone",
+    (
+        *TRAININGS.columns,
+        _c("delta", pl.Float64, "nats per token", "loss less that of the bf16 of its seed"),
+        _c("stderr", pl.Float64, "nats per token", "of delta, over the held-out sequences"),
+        _c("lr", pl.Float64, "", "peak learning rate"),
+        _c("batch_size", pl.Int64, "sequences", "sequences a step"),
+        _c("seq_len", pl.Int64, "tokens", "tokens a sequence"),
+        _c("seconds", pl.Float64, "s", "time of the training"),
+        _c("tokens_per_second", pl.Float64, "tokens/s", "tokens over seconds"),
+        _c("hardware", pl.String, "", "what trained it"),
+        _c("run", pl.String, "", "name of its run directory"),
+        _c("arm", pl.String, "", "name of its arm there"),
+        _c("config_hash", pl.String, "", "hash of all that the loss depends on"),
     ),
 )
 
@@ -317,4 +342,5 @@ TABLES = (
     HELDOUT,
     TRAINED,
     TRAININGS,
+    SWEEP,
 )

@@ -216,17 +216,25 @@ def tokenize(
     is too short.
     """
     sequences = -(-tokens // seq_len)
-    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
-    random.Random(seed).shuffle(pieces)
     ids: list[int] = []
-    for batch in _batches(pieces):
-        ids.extend(itertools.chain.from_iterable(_encode(tokenizer, batch)))
+    for more in stream_tokens(corpus, tokenizer, split, seed=seed):
+        ids.extend(more)
         if len(ids) >= sequences * seq_len:
             return torch.tensor(ids[: sequences * seq_len]).view(sequences, seq_len)
     raise DataError(
         f"{sequences * seq_len:,} tokens were asked of the {split} part of {corpus.source}, which "
         f"has {len(ids):,}: give more text with --data, or ask for fewer tokens"
     )
+
+
+def stream_tokens(
+    corpus: Corpus, tokenizer: Any, split: Split, *, seed: int
+) -> Iterator[list[int]]:
+    """Yield the token ids of a split, batches of pieces in the order that the seed chooses."""
+    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
+    random.Random(seed).shuffle(pieces)
+    for batch in _batches(pieces):
+        yield list(itertools.chain.from_iterable(_encode(tokenizer, batch)))
 
 
 def _batches(pieces: Sequence[Span]) -> Iterator[Sequence[Span]]:

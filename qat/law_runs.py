@@ -1,4 +1,4 @@
-"""Trainings as points of the scaling law: run directories or Parquet in, one table out.
+"""Trainings as points of the scaling law: runs, sweeps or Parquet in, one table out.
 
 A run directory counts where `verify --from-scratch` trained it. What an arm is in the words of the
 law follows from its formats, not from its name: all weights in one 4-bit format and all inputs bf16
@@ -10,17 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from bitplan.errors import DataError, RunError
 from bitplan.formats import Format, parse_format
 from bitplan.law import FC2_AT_8
-from bitplan.qat.record import RECORD_FILE
-from bitplan.rundir import RunDir, read_json
+from bitplan.qat.record import RECORD_FILE, STATS_FILE, heldout_losses
+from bitplan.rundir import MANIFEST, RunDir, read_json
 from bitplan.sites import PLANNED_ROLES
-from bitplan.tables import PROFILE, TRAININGS
+from bitplan.tables import SWEEP, TRAININGS, Table
 
 BASELINE = "bf16"
+RUNS = "runs"
+"""Where a sweep keeps its run directories."""
 
 
 def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.DataFrame, int]:
@@ -31,16 +34,19 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
     """
     frames, left_out = [], 0
     for path in paths:
-        if path.is_dir():
-            frame, skipped = _of_run(RunDir.open(path))
-            left_out += skipped
+        if (path / SWEEP.file).is_file() or (path / RUNS).is_dir():
+            frame = read_sweep(path).select(*TRAININGS.schema)
+        elif path.is_dir():
+            rows, skipped = _of_run(RunDir.open(path))
+            frame, left_out = TRAININGS.frame(rows), left_out + skipped
         else:
             frame = _of_file(path)
         frames.append(frame)
     table = pl.concat(frames).unique(maintain_order=True)
-    for column in ("text", "tokenizer"):
-        if not force and table[column].n_unique() > 1:
-            found = ", ".join(str(v)[:8] for v in table[column].unique(maintain_order=True))
+    for column in ("text", "tokenizer", "schedule"):
+        values = table[column].drop_nulls().unique(maintain_order=True)
+        if not force and len(values) > 1:
+            found = ", ".join(str(v)[:8] for v in values)
             raise DataError(
                 f"the trainings are on different {column}s ({found}), whose losses do not compare: "
                 "fit them apart, or pool them with --force"
@@ -48,45 +54,89 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
     return table, left_out
 
 
-def _of_file(path: Path) -> pl.DataFrame:
+def _of_file(path: Path, spec: Table = TRAININGS) -> pl.DataFrame:
     try:
-        return TRAININGS.frame(
-            pl.read_parquet(path).select(*TRAININGS.schema).iter_rows(named=True)
-        )
+        found = pl.read_parquet(path)
+        if "schedule" not in found.columns:
+            found = found.with_columns(schedule=pl.lit(None, pl.String))
+        return spec.frame(found.select(*spec.schema).iter_rows(named=True))
     except (pl.exceptions.PolarsError, OSError, TypeError) as error:
         raise RunError(
             f"{path} is neither a run directory nor Parquet with the columns "
-            f"{', '.join(TRAININGS.schema)}: {error}"
+            f"{', '.join(spec.schema)}: {error}"
         ) from error
 
 
-def _of_run(run: RunDir) -> tuple[pl.DataFrame, int]:
-    profile = run.read_table(PROFILE.file).filter(step=0)
-    role = dict(profile.select("site", "role").iter_rows())
-    length = dict(profile.select("site", "in_features").iter_rows())
+def _of_run(run: RunDir) -> tuple[list[dict[str, Any]], int]:
+    """Return a row of tables.SWEEP for each training from scratch, and how many are none."""
     rows, left_out = [], 0
     for path in sorted((run.path / "arms").glob(f"*/seed-*/{RECORD_FILE}")):
         record = read_json(path)
         if record.get("same_as") or not record["config"].get("from_scratch"):
             continue
         formats = {site: parse_format(name) for site, name in record["config"]["formats"].items()}
-        precision = classify(formats, role)
+        stats = pl.read_parquet(
+            path.with_name(STATS_FILE), columns=["site", "role", "in_features", "out_features"]
+        ).unique("site")
+        precision = classify(formats, dict(stats.select("site", "role").iter_rows()))
         if precision is None:
             left_out += 1
             continue
+        recipe = record["config"]["recipe"]
+        tokenizer = record["config"].get("tokenizer")
         rows.append(
             {
                 "params": record["num_non_embedding_parameters"],
                 "tokens": record["tokens"],
-                "group_size": _group_size(formats, length),
+                "group_size": _group_size(formats, stats),
                 "precision": precision,
                 "seed": record["seed"],
                 "loss": record["loss"]["heldout"],
                 "text": record["config"]["heldout"],
-                "tokenizer": run.manifest["model"]["content_hash"],
+                "tokenizer": tokenizer or run.manifest["model"]["content_hash"],
+                **{key: recipe[key] for key in ("schedule", "lr", "batch_size", "seq_len")},
+                "seconds": record["seconds"],
+                "tokens_per_second": record["tokens"] / record["seconds"],
+                "hardware": record["hardware"],
+                "run": run.path.name,
+                "arm": record["arm"],
+                "config_hash": record["config_hash"],
             }
         )
-    return TRAININGS.frame(rows), left_out
+    return _with_deltas(run, rows), left_out
+
+
+def _with_deltas(run: RunDir, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with delta and its standard error over the held-out sequences."""
+    losses = {(r["arm"], r["seed"]): heldout_losses(run, r["arm"], r["seed"]) for r in rows}
+    base = {r["seed"]: losses[r["arm"], r["seed"]] for r in rows if r["precision"] == BASELINE}
+    found = []
+    for row in rows:
+        extra = {}
+        if row["seed"] in base and row["precision"] != BASELINE:
+            paired = losses[row["arm"], row["seed"]] - base[row["seed"]]
+            many = len(paired) > 1
+            extra = {
+                "delta": float(paired.mean()),
+                "stderr": float(paired.std(ddof=1) / np.sqrt(len(paired))) if many else None,
+            }
+        found.append({**row, **extra})
+    return found
+
+
+def read_sweep(path: Path) -> pl.DataFrame:
+    """Return tables.SWEEP of a sweep's directory: its records, and rows whose records are gone.
+
+    Raises RunError for a table that cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    for manifest in sorted((path / RUNS).glob(f"*/{MANIFEST}")):
+        rows += _of_run(RunDir.open(manifest.parent))[0]
+    table = SWEEP.frame(rows)
+    if (path / SWEEP.file).is_file():
+        table = pl.concat([table, _of_file(path / SWEEP.file, SWEEP)])
+    table = table.unique("config_hash", keep="first", maintain_order=True)
+    return table.sort("params", "tokens", "precision", "group_size", "seed", maintain_order=True)
 
 
 def classify(formats: Mapping[str, Format], role: Mapping[str, str]) -> str | None:
@@ -114,10 +164,23 @@ def _uniform(formats: Mapping[str, Format], sites: Iterable[str]) -> int | None:
     return bits.pop() if len(bits) == 1 else None
 
 
-def _group_size(formats: Mapping[str, Format], length: Mapping[str, int]) -> int | None:
-    """Return the elements that share a scale at 4 bits, the shortest row where rows do."""
-    sizes = [f.group_size or length[site] for site, f in formats.items() if f.bits == 4]
-    return min(sizes, default=None)
+def _group_size(formats: Mapping[str, Format], shapes: pl.DataFrame) -> int | None:
+    """Return the elements that share a scale at 4 bits; None where nothing has 4.
+
+    Where the sites differ, as rows do, the size whose log2, which is what the law takes, is the
+    mean of theirs, weighted by the elements of the weight.
+    """
+    at_4 = {site: f.group_size for site, f in formats.items() if f.bits == 4}
+    if not at_4:
+        return None
+    found = shapes.filter(pl.col("site").is_in(list(at_4))).with_columns(
+        size=pl.col("site")
+        .replace_strict(at_4, return_dtype=pl.Int64)
+        .fill_null(pl.col("in_features")),
+        weight=pl.col("in_features") * pl.col("out_features"),
+    )
+    logs = np.average(np.log2(found["size"].to_numpy()), weights=found["weight"].to_numpy())
+    return int(round(2 ** float(logs)))
 
 
 def deltas(trainings: pl.DataFrame) -> pl.DataFrame:

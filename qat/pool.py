@@ -24,20 +24,27 @@ _device = ""
 
 
 def run_tasks(
-    tasks: Sequence[Any], devices: Sequence[str], work: Callable[[Any, str], None], label: str
+    tasks: Sequence[Any],
+    devices: Sequence[str],
+    work: Callable[[Any, str], None],
+    label: str,
+    report: Callable[[Any], None] | None = None,
 ) -> None:
     """Call `work(task, device)` for every task, on all devices at once; one may be named twice.
 
-    Tasks and `work` must pickle. Raises what a task raises, and TrainingError where processes keep
+    Tasks and `work` must pickle. `report` is told each task that is done, here, in the place of a
+    count of them. Raises what a task raises, and TrainingError where processes keep
     dying.
     """
     if len(devices) == 1 or len(tasks) == 1:
         for task in tasks:
             work(task, devices[0])
+            if report:
+                report(task)
         return
     left = list(range(len(tasks)))
     for attempt in range(1, ATTEMPTS + 1):
-        left = _run_pool(tasks, left, devices, work, label)
+        left = _run_pool(tasks, left, devices, work, label, report)
         if not left:
             return
         if attempt == ATTEMPTS:
@@ -54,6 +61,7 @@ def _run_pool(
     devices: Sequence[str],
     work: Callable[[Any, str], None],
     label: str,
+    report: Callable[[Any], None] | None,
 ) -> list[int]:
     """Run the tasks of these numbers; return those that a dead process left undone."""
     # Forked processes cannot use CUDA, nor the threads of this one.
@@ -69,9 +77,12 @@ def _run_pool(
     ) as pool:
         futures: dict[Future[None], int] = {pool.submit(_call, work, tasks[n]): n for n in numbers}
         try:
-            for future in progress.track(as_completed(futures), label, total=len(futures)):
+            ended = as_completed(futures)
+            for future in ended if report else progress.track(ended, label, total=len(futures)):
                 future.result()
                 del undone[futures[future]]
+                if report:
+                    report(tasks[futures[future]])
         except BrokenProcessPool:
             finished = [f for f in futures if f.done() and not f.cancelled() and not f.exception()]
             return sorted(set(undone) - {futures[f] for f in finished})

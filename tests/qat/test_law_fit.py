@@ -20,8 +20,7 @@ from bitplan.qat.law_fit import FORMS, LAW, cells_of, cross_validate, fit, fit_b
 from bitplan.qat.law_result import fit_law
 from bitplan.qat.law_runs import classify, deltas, read_trainings
 from bitplan.qat.verify import verify_plan
-from bitplan.rundir import RunDir
-from bitplan.tables import PROFILE, TRAININGS
+from bitplan.tables import TRAININGS
 
 PARAMS = (1e6, 3e6, 1e7, 3e7)
 TOKENS = (5e7, 2e8, 8e8)
@@ -44,7 +43,7 @@ def trainings(
     rows = []
 
     def add(n: float, d: float, g: int | None, precision: str, s: int, loss: float) -> None:
-        values = (int(n), int(d), g, precision, s, loss, "t", "k")
+        values = (int(n), int(d), g, precision, s, loss, "t", "k", "cosine")
         rows.append(dict(zip(TRAININGS.schema, values, strict=True)))
 
     for n, d, s in itertools.product(params, tokens, range(seeds)):
@@ -226,12 +225,6 @@ def test_run_directories_from_scratch_are_trainings(
 ) -> None:
     at = ready(steps=1, seeds=1)
     source = json.loads((at.run / "run.json").read_text())["model"]["source"]
-    profile = [
-        {"site": s.site, "role": s.role, "step": 0, "in_features": 64} for s in at.plan.sites
-    ]
-    run = RunDir.open(at.run)
-    with run.lock():
-        run.write_table(PROFILE.file, PROFILE.frame(profile))
     verify_plan(at.run, at.options)  # from the checkpoint: no training of the law
     assert read_trainings([at.run])[0].is_empty()
     verify_plan(at.run, replace(at.options, from_scratch=source))
