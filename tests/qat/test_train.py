@@ -254,7 +254,7 @@ def test_running_out_of_memory_names_what_to_try(
     batch_size: int,
     advice: str,
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
 
     monkeypatch.setattr(train, "sequence_losses", full)

@@ -197,10 +197,10 @@ def test_arms_share_their_batches_and_seeds_do_not(
         current[:] = [(self.job.arm, self.job.seed)]
         real_step(self, index)
 
-    def noting(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    def noting(model: Any, ids: torch.Tensor, **named: Any) -> torch.Tensor:
         if model.training:
             seen.setdefault(current[0], []).append(ids.clone())
-        return real_losses(model, ids)
+        return real_losses(model, ids, **named)
 
     monkeypatch.setattr(train._Training, "take_step", step)
     monkeypatch.setattr(train, "sequence_losses", noting)
