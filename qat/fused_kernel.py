@@ -20,42 +20,44 @@ _INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 _SIGN: tl.constexpr = tl.constexpr(-(2**31))
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit(do_not_specialize=["num_groups"])  # type: ignore[untyped-decorator]  # triton has no types
 def round_groups(  # type: ignore[no-untyped-def]  # neither have its arguments
     x,
     out,
     num_groups,
     width,
+    half,  # 2^(bits - 1), float
     GROUP: tl.constexpr,  # elements that share a scale
     EVEN: tl.constexpr,  # whether every group of a row is whole
-    HALF: tl.constexpr,  # 2^(bits - 1)
     LANES: tl.constexpr,  # GROUP or the next power of two
     TILE: tl.constexpr,  # groups of a program
 ):
     """Round the groups of `x`, rows of `width` elements, into `out`, in the dtype of that."""
-    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0).to(tl.int64) * TILE
+    group = tl.arange(0, TILE)
     lane = tl.arange(0, LANES)[None, :]
-    here = (index < num_groups)[:, None]
+    here = (group < num_groups - first)[:, None]
     if EVEN:
-        start = index * GROUP
+        place = first * GROUP + (group * GROUP)[:, None] + lane
         if LANES != GROUP:
             here = here & (lane < GROUP)
     else:
         per_row = tl.cdiv(width, GROUP)
-        column = index % per_row * GROUP
-        start = index // per_row * width + column
-        here = here & (lane < GROUP) & (lane < (width - column)[:, None])
-    place = start[:, None] + lane
+        group += (first % per_row).to(tl.int32)
+        column = group % per_row * GROUP
+        start = group // per_row * width + column
+        place = first // per_row * width + start[:, None] + lane
+        here = here & (lane < tl.minimum(width - column, GROUP)[:, None])
     value = tl.load(x + place, here, other=0.0).to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
     largest = tl.max(bits & ~_SIGN, 1)
-    scale = largest.to(tl.float32, bitcast=True) * (1.0 / HALF)
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), half)
     scale = tl.where(scale == 0, 1.0, scale)
     scale = tl.where(largest >= _INFINITY, float("nan"), scale)
     exponent = tl.maximum(tl.minimum(254 - (largest >> 23), 253), 1)
     lift = (exponent << 23).to(tl.float32, bitcast=True)
     lifted = scale * lift
-    inverse = tl.div_rn(tl.full([TILE], 1.0, tl.float32), lifted)
+    inverse = tl.div_rn(1.0, lifted)
     value *= lift[:, None]
     inverse = tl.broadcast_to(inverse[:, None], [TILE, LANES])
     minus = tl.broadcast_to(-lifted[:, None], [TILE, LANES])
@@ -63,7 +65,7 @@ def round_groups(  # type: ignore[no-untyped-def]  # neither have its arguments
     quotient = tl.fma(tl.fma(quotient, minus, value), inverse, quotient)
     quotient = tl.fma(tl.fma(quotient, minus, value), inverse, quotient)
     rounded = (quotient + _ROUND) - _ROUND
-    rounded = tl.minimum(tl.maximum(rounded, -HALF), HALF - 1) * scale[:, None]
+    rounded = tl.minimum(tl.maximum(rounded, -half), half - 1) * scale[:, None]
     signed = rounded.to(tl.int32, bitcast=True) | (bits & _SIGN)
     result = signed.to(tl.float32, bitcast=True)
     tl.store(out + place, result.to(out.dtype.element_ty), here)
