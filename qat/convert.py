@@ -8,12 +8,14 @@ touched; a weight tied to an embedding is quantized where it multiplies, not whe
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.errors import PlanError
@@ -171,6 +173,29 @@ def _own(module: nn.Module, name: str, factor: Tensor | None) -> None:
     if factor is not None:
         assert isinstance(factor, nn.Parameter)
         module.register_parameter(name, factor)
+
+
+@contextmanager
+def weights_held(model: nn.Module) -> Iterator[None]:
+    """Round each weight of a converted model once for all passes inside.
+
+    For the micro-batches of one optimizer step. A step of a torch optimizer inside ends what is
+    held (fused ones do not move version counters), and so does whatever moves a weight's version
+    counter; only writing through `.data` goes unseen.
+    """
+    held = [q for m in model.modules() if (q := getattr(m, "quantize_weight", None)) is not None]
+
+    def hold(is_held: bool) -> None:
+        for quantizer in held:
+            quantizer.hold(is_held)
+
+    hook = register_optimizer_step_post_hook(lambda *_: hold(True))
+    hold(True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        hold(False)
 
 
 def restore(model: nn.Module) -> None:

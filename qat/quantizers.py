@@ -2,7 +2,8 @@
 
 `fake_quantize` is the paper's AbsMax quantizer (arXiv 2505.14302, section 3):
 
-    forward   quantize_dequantize(x, format), to the last bit (core/quantize.py)
+    forward   quantize_dequantize(x, format), to the last bit (core/quantize.py), in the dtype in
+              which autocast multiplies; one kernel on a GPU (fused.py)
     backward  the identity: dL/dx = dL/dq; the scale covers the range and gets no gradient
 
 `scaled_fake_quantize` trains the scale. With u = x / s and half = 2^(b-1):
@@ -17,8 +18,8 @@ per group index for all tokens), or times the AbsMax scale at the start (LSQ: th
 
 Rounding is repeated where it must be and nowhere else: a tensor that several linears read (q/k/v;
 gate/up) is rounded once a forward pass, and a weight once per value while no gradients are recorded
-(evaluation). In training every pass rounds the weights anew, since a step follows each; nothing
-stale can be trained on.
+(evaluation). In training every pass rounds the weights anew, so that nothing stale can be trained
+on, unless the caller says that several passes come before the next step (convert.weights_held).
 """
 
 from typing import Any
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.quantize import group, quantize_dequantize, ungroup
+from bitplan.qat.fused import multiplied_dtype, quantize_operand
+from bitplan.quantize import group, ungroup
 
 INPUT_FACTOR, WEIGHT_FACTOR = FACTORS = ("input_factor", "weight_factor")
 """Names of the parameters that a linear gets where the scales of its sites are trained."""
@@ -39,22 +41,26 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
         return quantized.view_as(quantized)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
-        return grads[0], None
+        return grads[0].to(ctx.dtype), None
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """Return `quantized` (of the shape of `x`) with the gradient of `x`."""
+    """Return `quantized` (of the shape of `x`, its dtype may differ) with the gradient of `x`."""
     result: Tensor = _StraightThrough.apply(x, quantized)  # type: ignore[no-untyped-call]
     return result
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
-    """Return `x` rounded to `fmt`, with the identity as its gradient; [..., in_features]."""
-    return straight_through(x, quantize_dequantize(x.detach(), fmt))
+    """Return `x` rounded to `fmt`, with the identity as its gradient; [..., in_features].
+
+    Under autocast the result has the dtype that is multiplied: rounding, then the cast.
+    """
+    return straight_through(x, quantize_operand(x.detach(), fmt))
 
 
 class _Scaled(torch.autograd.Function):
@@ -127,24 +133,31 @@ class InputQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` rounded, [..., in_features]."""
-        # The compiler sees by itself that readers of a tensor round it alike.
-        if self.num_readers == 1 or torch.compiler.is_compiling() or x.is_inference():
+        if self.num_readers == 1 or _is_untracked(x):
             return self._round(x)
         if self._slot is None or self._slot[0] is not x or self._slot[1] != x._version:
-            self._slot = (x, x._version, self._round(x))
+            once = self._round if self.factor is not None else self._values
+            self._slot = (x, x._version, once(x))
             self._reads = 0
         self._reads += 1
         quantized = self._slot[2]
         if self._reads == self.num_readers:
             self._slot = None
-        return quantized
+        # Gradients of the readers meet at x, in its dtype, and not before, in a narrower one.
+        return quantized if self.factor is not None else straight_through(x, quantized)
 
     def _round(self, x: Tensor) -> Tensor:
         return _rounded(x, self.format, self.factor, None)
 
+    def _values(self, x: Tensor) -> Tensor:
+        return quantize_operand(x.detach(), self.format)
+
 
 class WeightQuantizer:
-    """Fake-quantizes a weight [out_features, in_features], once per value under `no_grad`."""
+    """Fake-quantizes a weight [out_features, in_features]: once per value where that is safe.
+
+    That is under `no_grad`, and in training while `is_held` (see convert.weights_held).
+    """
 
     def __init__(
         self, fmt: Format, *, factor: Tensor | None = None, step: Tensor | None = None
@@ -152,20 +165,36 @@ class WeightQuantizer:
         self.format = fmt
         self.factor = factor
         self.step = step
-        self._slot: tuple[tuple[int, ...], Tensor] | None = None
+        self.is_held = False
+        self._slot: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the weight rounded along its last dimension."""
-        if torch.compiler.is_compiling():
-            return _rounded(weight, self.format, self.factor, self.step)
-        if torch.is_grad_enabled() or weight.is_inference():
+        in_training = torch.is_grad_enabled()
+        may_keep = not in_training or (self.is_held and self.factor is None)
+        if _is_untracked(weight) or not may_keep:
             self._slot = None
             return _rounded(weight, self.format, self.factor, self.step)
         trained = () if self.factor is None else (self.factor._version, self.factor.data_ptr())
-        key = (weight._version, weight.data_ptr(), *trained)
+        key = (weight._version, weight.data_ptr(), multiplied_dtype(weight), *trained)
         if self._slot is None or self._slot[0] != key:
-            self._slot = (key, _rounded(weight, self.format, self.factor, self.step))
-        return self._slot[1]
+            with torch.no_grad():
+                self._slot = (key, _rounded(weight, self.format, self.factor, self.step))
+        quantized = self._slot[1]
+        return straight_through(weight, quantized) if in_training else quantized
+
+    def hold(self, held: bool) -> None:
+        """Start or end a time in which the weight stays what it is; forget what it was."""
+        self.is_held = held
+        self._slot = None
+
+
+def _is_untracked(x: Tensor) -> bool:
+    """Whether nothing tells if `x` has changed: inference mode, and traces for torch.compile.
+
+    A compiler sees for itself what is computed twice, and these questions would break its graph.
+    """
+    return torch.compiler.is_compiling() or x.is_inference()
 
 
 def _rounded(x: Tensor, fmt: Format, factor: Tensor | None, step: Tensor | None) -> Tensor:
