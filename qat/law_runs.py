@@ -180,7 +180,7 @@ def _group_size(formats: Mapping[str, Format], shapes: pl.DataFrame) -> int | No
         weight=pl.col("in_features") * pl.col("out_features"),
     )
     logs = np.average(np.log2(found["size"].to_numpy()), weights=found["weight"].to_numpy())
-    return int(round(2 ** float(logs)))
+    return round(2 ** float(logs))
 
 
 def deltas(trainings: pl.DataFrame) -> pl.DataFrame:

@@ -53,6 +53,8 @@ class Step:
         self._captures = capture and all(i.linear.expert is None for i in find_linears(model))
         self._blocks = find_blocks(model) if compiled else []
         self._unhooked = unhooked
+        self.refusal = ""
+        """Why the pass could not be captured."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients: list[Tensor | None] = []
         self._batch = self._loss = self._norm = torch.empty(0)
@@ -98,10 +100,10 @@ class Step:
                     torch.cuda.graph(graph, capture_error_mode="thread_local"),
                 ):
                     self._loss, self._norm = self._run(self._batch)
-            except RuntimeError:
+            except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
                 random.graphsafe_set_state(before)
-                self._captures = False
+                self._captures, self.refusal = False, str(error)
                 return False
         self._graph, self._gradients = graph, [p.grad for p in self._parameters]
         return True
