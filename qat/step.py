@@ -88,17 +88,16 @@ class Step:
         self._batch = batch.clone()
         with self._unhooked(), _compiled(self._blocks):
             if self._blocks:
-                self._plain(self._batch)  # compiles, which a capture cannot
+                # A capture cannot compile. Transformers builds a mask where it sees a capture, and
+                # leaves it out elsewhere: what is compiled has to be what will be captured.
+                with patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+                    self._plain(self._batch)
             self._forget_gradients()
             graph = torch.cuda.CUDAGraph()
             random = torch.cuda.default_generators[batch.device.index]
             before = random.clone_state()
             try:
-                # Transformers builds a mask where it sees a capture, and leaves it out elsewhere.
-                with (
-                    patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
-                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
-                ):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._loss, self._norm = self._run(self._batch)
             except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
