@@ -52,12 +52,7 @@ def quantized(training: Training, fmt: Format) -> Training:
 
 
 class NaiveInput(InputQuantizer):
-    """The eager arithmetic, once for all readers."""
-
-    def _round(self, x: Tensor) -> Tensor:
-        return straight_through(x, quantize_dequantize(x.detach(), self.format))
-
-    def _values(self, x: Tensor) -> Tensor:
+    def _rounded(self, x: Tensor) -> Tensor:
         return quantize_dequantize(x.detach(), self.format)
 
 

@@ -70,6 +70,7 @@ class Observation:
         self._handles = []
 
 
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _OBSERVERS: dict[int, tuple[weakref.ref[Observer], int]] = {}
 _KEYS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
 _NEW_KEYS = itertools.count()
@@ -108,12 +109,16 @@ def as_multiplied(x: Tensor) -> Tensor:
 
     A compiled graph has this tensor anyway, while one of the original would be kept for us alone.
     """
+    return x.to(multiplied_dtype(x))
+
+
+def multiplied_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast, as it is set now, gives to an operand of a product."""
     kind = x.device.type
-    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind):
-        return x
-    if torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    # Asking torch whether a device has autocast would break the graph in torch 2.11.
+    if x.dtype == torch.float32 and kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _deliver(key: int, x: Tensor, traced: bool) -> None:

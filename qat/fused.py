@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
+from bitplan.probe.observe import multiplied_dtype
 from bitplan.quantize import quantize_dequantize
 
 HAS_KERNEL = find_spec("triton") is not None and os.environ.get("BITPLAN_COMPILE") != "0"
@@ -37,14 +38,6 @@ def quantize_operand(x: Tensor, fmt: Format) -> Tensor:
         return quantize_dequantize(x, fmt).to(dtype)
     quantized: Tensor = torch.ops.bitplan.round_groups(x, fmt.bits, _group_size(x, fmt), dtype)
     return quantized
-
-
-def multiplied_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that autocast, as it is set now, gives to an operand of a product."""
-    kind = x.device.type
-    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def is_fused(x: Tensor, fmt: Format) -> bool:
@@ -79,7 +72,8 @@ def _launch(x: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor
             out,
             groups,
             width,
-            float(1 << (bits - 1)),
+            2.0 ** (bits - 1),
+            2.0 ** (1 - bits),
             GROUP=group_size,
             EVEN=width % group_size == 0,
             LANES=lanes,

@@ -4,8 +4,10 @@ To equal `quantize_dequantize` to the last bit it needs RN(x / s), the quotient 
 for which a GPU takes some thirty instructions; the memory leaves time for about as many in all. So
 one reciprocal per group is divided, r = RN(1 / s), and each quotient is x r, corrected twice by
 q + r (x - q s) in fused multiply-adds: the first correction leaves it within a unit in the last
-place, and then the second rounds it correctly (Markstein, IBM J. Res. Dev. 34(1), 1990). x and s
-are lifted by a power of two near 1 / max|x| first, so that nothing on the way over- or underflows.
+place, and then the second rounds it correctly (Markstein, IBM J. Res. Dev. 34(1), 1990). Values of
+16 bits need the first alone: with 11 bits in x and s a quotient is a tie k + 1/2, or 2^-13 away
+from it. x and s are lifted by a power of two near 1 / max|x| first, so that nothing on the way
+over- or underflows.
 
 The rest is one instruction each: adding and taking away 1.5 * 2^23 rounds half to even, and the
 sign is put back afterwards for the sake of -0. Magnitudes are compared as integers, among which NaN
@@ -27,6 +29,7 @@ def round_groups(  # type: ignore[no-untyped-def]  # neither have its arguments
     num_groups,
     width,
     half,  # 2^(bits - 1), float
+    step,  # its inverse
     GROUP: tl.constexpr,  # elements that share a scale
     EVEN: tl.constexpr,  # whether every group of a row is whole
     LANES: tl.constexpr,  # GROUP or the next power of two
@@ -51,7 +54,7 @@ def round_groups(  # type: ignore[no-untyped-def]  # neither have its arguments
     value = tl.load(x + place, here, other=0.0).to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
     largest = tl.max(bits & ~_SIGN, 1)
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), half)
+    scale = largest.to(tl.float32, bitcast=True) * step
     scale = tl.where(scale == 0, 1.0, scale)
     scale = tl.where(largest >= _INFINITY, float("nan"), scale)
     exponent = tl.maximum(tl.minimum(254 - (largest >> 23), 253), 1)
@@ -63,7 +66,8 @@ def round_groups(  # type: ignore[no-untyped-def]  # neither have its arguments
     minus = tl.broadcast_to(-lifted[:, None], [TILE, LANES])
     quotient = value * inverse
     quotient = tl.fma(tl.fma(quotient, minus, value), inverse, quotient)
-    quotient = tl.fma(tl.fma(quotient, minus, value), inverse, quotient)
+    if x.dtype.element_ty == tl.float32:
+        quotient = tl.fma(tl.fma(quotient, minus, value), inverse, quotient)
     rounded = (quotient + _ROUND) - _ROUND
     rounded = tl.minimum(tl.maximum(rounded, -half), half - 1) * scale[:, None]
     signed = rounded.to(tl.int32, bitcast=True) | (bits & _SIGN)

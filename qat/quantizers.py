@@ -2,8 +2,8 @@
 
 `fake_quantize` is the paper's AbsMax quantizer (arXiv 2505.14302, section 3):
 
-    forward   quantize_dequantize(x, format), to the last bit (core/quantize.py), in the dtype in
-              which autocast multiplies; one kernel on a GPU (fused.py)
+    forward   quantize_dequantize(x, format), to the last bit (core/quantize.py); one kernel on a
+              GPU (fused.py)
     backward  the identity: dL/dx = dL/dq; the scale covers the range and gets no gradient
 
 `scaled_fake_quantize` trains the scale. With u = x / s and half = 2^(b-1):
@@ -15,6 +15,9 @@
 which is LSQ's estimator (arXiv 1902.08153). LWC, LAC and LSQ differ in what the scale is made of: a
 trained factor, 1 at first, times the AbsMax scale of the tensor as it is (LWC per weight scale, LAC
 per group index for all tokens), or times the AbsMax scale at the start (LSQ: the step is learned).
+
+Under autocast an input is what autocast would multiply, as in statistics (probe/observe.py): bf16
+values are rounded to 4 bits. A weight is rounded from its own dtype, and then cast.
 
 Rounding is repeated where it must be and nowhere else: a tensor that several linears read (q/k/v;
 gate/up) is rounded once a forward pass, and a weight once per value while no gradients are recorded
@@ -28,7 +31,8 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
-from bitplan.qat.fused import multiplied_dtype, quantize_operand
+from bitplan.probe.observe import as_multiplied, multiplied_dtype
+from bitplan.qat.fused import quantize_operand
 from bitplan.quantize import group, ungroup
 
 INPUT_FACTOR, WEIGHT_FACTOR = FACTORS = ("input_factor", "weight_factor")
@@ -133,24 +137,26 @@ class InputQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` rounded, [..., in_features]."""
+        quantized = self._shared(x)
+        # Gradients of the readers meet at x, in its dtype, and not before, in a narrower one.
+        return quantized if self.factor is not None else straight_through(x, quantized)
+
+    def _shared(self, x: Tensor) -> Tensor:
         if self.num_readers == 1 or _is_untracked(x):
-            return self._round(x)
+            return self._rounded(x)
         if self._slot is None or self._slot[0] is not x or self._slot[1] != x._version:
-            once = self._round if self.factor is not None else self._values
-            self._slot = (x, x._version, once(x))
+            self._slot = (x, x._version, self._rounded(x))
             self._reads = 0
         self._reads += 1
         quantized = self._slot[2]
         if self._reads == self.num_readers:
             self._slot = None
-        # Gradients of the readers meet at x, in its dtype, and not before, in a narrower one.
-        return quantized if self.factor is not None else straight_through(x, quantized)
+        return quantized
 
-    def _round(self, x: Tensor) -> Tensor:
-        return _rounded(x, self.format, self.factor, None)
-
-    def _values(self, x: Tensor) -> Tensor:
-        return quantize_operand(x.detach(), self.format)
+    def _rounded(self, x: Tensor) -> Tensor:
+        if self.factor is None:
+            return quantize_operand(as_multiplied(x.detach()), self.format)
+        return scaled_fake_quantize(x, self.format, self.factor, None)
 
 
 class WeightQuantizer:

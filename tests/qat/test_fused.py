@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from bitplan.formats import parse_format
 from bitplan.probe.modules import find_linears
+from bitplan.probe.observe import multiplied_dtype
 from bitplan.qat import quantizers
 from bitplan.qat.convert import convert, weights_held
-from bitplan.qat.fused import is_fused, multiplied_dtype, quantize_operand
+from bitplan.qat.fused import is_fused, quantize_operand
 from bitplan.qat.quantizers import InputQuantizer, WeightQuantizer, fake_quantize
 from bitplan.quantize import quantize_dequantize
 from bitplan.sites import OPERANDS, PLANNED_ROLES
@@ -126,17 +127,24 @@ def test_only_integers_with_scales_along_rows_have_a_kernel() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["int4-g32", "int8-token", "nvfp4"])
-def test_under_autocast_rounding_comes_first_and_then_the_cast(device: str, name: str) -> None:
+def test_under_autocast_weights_are_rounded_and_cast_and_inputs_cast_and_rounded(
+    device: str, name: str
+) -> None:
     fmt = parse_format(name)
     x = torch.randn(4, 96, device=device, requires_grad=True)
     grad = torch.randn(4, 96, device=device, dtype=torch.bfloat16)
+    values = x.detach()
     with torch.autocast(device, torch.bfloat16):
-        found = fake_quantize(x, fmt)
+        weight, inputs = WeightQuantizer(fmt)(x), InputQuantizer(fmt)(x)
         assert multiplied_dtype(x) is torch.bfloat16
-    assert same_bits(found.detach(), quantize_dequantize(x.detach(), fmt).bfloat16())
-    found.backward(grad)
-    assert x.grad is not None
-    assert same_bits(x.grad, grad.float())
+    assert same_bits(weight.detach(), quantize_dequantize(values, fmt).bfloat16())
+    assert same_bits(inputs.detach(), quantize_dequantize(values.bfloat16(), fmt))
+    assert not torch.equal(weight, inputs)
+    for found in (weight, inputs):
+        x.grad = None
+        found.backward(grad)
+        assert x.grad is not None
+        assert same_bits(x.grad, grad.float())
     assert multiplied_dtype(x) is torch.float32
 
 
