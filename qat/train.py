@@ -293,6 +293,7 @@ class _Training:
                 "train_last": self.metrics[-1]["loss"],
             },
             "seconds": self.seconds,
+            "captured": self.passes.is_captured,
             "hardware": _hardware(self.accelerator),
             "provenance": self.directory.provenance(),
         }
