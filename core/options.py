@@ -95,6 +95,10 @@ class VerifyOptions:
     """Training tokens per arm; default DEFAULT_TOKENS."""
     seeds: int = 5
     """Seeds per arm; each fixes one data order, shared by all arms."""
+    until_settled: bool = False
+    """From the third seed on, stop as soon as the verdict is settled; `seeds` are the most."""
+    confidence: float = 0.95
+    """Of the intervals, and of the verdict they give."""
     batch_size: int = 8
     """Sequences per optimizer step."""
     seq_len: int = 256
