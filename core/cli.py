@@ -378,6 +378,14 @@ def plan(
 )
 @option(
     VerifyOptions,
+    "average_tail",
+    "--average-tail",
+    type=click.FloatRange(0, 1),
+    show_default=True,
+    help="Judge the average of the weights over this last share of the steps.",
+)
+@option(
+    VerifyOptions,
     "from_scratch",
     "--from-scratch",
     metavar="CONFIG",

@@ -109,6 +109,8 @@ class VerifyOptions:
     """Peak learning rate; default DEFAULT_LR, or SCRATCH_LR from scratch."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """How the rate falls: along a cosine, or held at the peak and then down in the last fifth."""
+    average_tail: float = 0.0
+    """Share of the steps, the last ones, over which the weights that are judged are averaged."""
     from_scratch: str | None = None
     """A config.json or its directory: arms start from its random weights, not the checkpoint."""
     data: tuple[str, ...] = ()

@@ -39,6 +39,9 @@ class Recipe:
     factor_lr: float = 1e-2
     """Peak learning rate of the factors of trained scales."""
     clip_norm: float = 1.0
+    average_tail: float = 0.0
+    """Share of the steps, the last ones, after which the weights are averaged for the held-out
+    loss."""
     records: int = 2
     """How often statistics are recorded: half way and at the end."""
 

@@ -158,6 +158,7 @@ class Verdict:
             f"R after   {self.after}   (the plan's inputs over the plan's weights)",
             f"Intervals are {self.confidence * 100:g}%; {self.tokens:,} training tokens per arm, "
             f"{self.heldout_tokens:,} held-out tokens.",
+            *self._settled_text(),
             *self._noise_text(),
             *self.notes,
             *self._attribution_text(),
@@ -168,6 +169,12 @@ class Verdict:
             f"next: bitplan report {self.run}",
         ]
         return "\n".join(lines)
+
+    def _settled_text(self) -> list[str]:
+        """Say how many of the allowed seeds it took, where not all of them."""
+        if self.seeds == self.seeds_allowed:
+            return []
+        return [f"Settled after {self.seeds} of at most {self.seeds_allowed} seeds."]
 
     def _noise_text(self) -> list[str]:
         """Say how far apart two bf16 seeds are, and how far a delta is from seed to seed."""

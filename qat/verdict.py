@@ -249,7 +249,7 @@ def needed(inputs: Floats, weights: Floats, looks: Looks = ONCE) -> Needed | Non
         if settled(most, text):
             # H shrinks with every seed: from one number on, all settle.
             numbers = range(known.seeds, most + 1)
-            first = bisect.bisect_left(numbers, True, key=lambda n: settled(n, text))  # noqa: B023
+            first = bisect.bisect_left(numbers, True, key=lambda n: settled(n, text))
             return Needed(numbers[first], text)
         text *= 2
     return None

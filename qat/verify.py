@@ -130,6 +130,7 @@ def _recipe(options: VerifyOptions) -> Recipe:
         seq_len=options.seq_len,
         lr=lr,
         schedule=options.schedule,
+        average_tail=options.average_tail,
     )
 
 
@@ -268,7 +269,8 @@ def _train(
     for job in itertools.chain.from_iterable(jobs.values()):
         twins.setdefault(job.config_hash, []).append(job)
     # Seed by seed: a killed verify leaves whole seeds.
-    asked = [job for of_seed in zip(*(jobs[arm.name] for arm in arms)) for job in of_seed]
+    by_seed = zip(*(jobs[arm.name] for arm in arms), strict=True)
+    asked = list(itertools.chain.from_iterable(by_seed))
     tasks: dict[str, _Task] = {}
     for job in asked:
         if _record_of(directory, job, twins) is None:
@@ -366,9 +368,7 @@ def _judge(
     )
 
 
-def _attribution(
-    plan: Plan, paired: Mapping[str, Floats], looks: Looks
-) -> tuple[Attribution, ...]:
+def _attribution(plan: Plan, paired: Mapping[str, Floats], looks: Looks) -> tuple[Attribution, ...]:
     """Return what 8 bits give back of w4a4's delta, by role, where its arms are finished."""
     back = {
         key: paired[UNIFORM] - paired[arm.name]
