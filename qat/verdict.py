@@ -34,9 +34,8 @@ confidence. The intervals are repeated confidence intervals (Jennison and Turnbu
 Methods, 2000, chapter 9): they hold at all looks at once, so also at the one where it stopped. The
 held-out text is one draw that all looks share, so its quantile stays.
 
-What would settle an undetermined verdict is extrapolated from H: the number of seeds, at the same
-estimates, from which on the interval leaves the bound; or, where no number of seeds does, of
-held-out tokens as well.
+What would settle an undetermined verdict is extrapolated from H at the same estimates: the cheapest
+number of seeds and of held-out tokens with which the interval leaves the bound.
 """
 
 import bisect
@@ -228,11 +227,14 @@ def decide(interval: Interval) -> Word:
     return "weight-limited" if high < TOLERANCE[0] else "undetermined"
 
 
-def needed(inputs: Floats, weights: Floats, looks: Looks = ONCE) -> Needed | None:
+def needed(
+    inputs: Floats, weights: Floats, looks: Looks = ONCE, *, training: float = 1.0
+) -> Needed | None:
     """Return what would settle the verdict if the estimates and the spread stayed as they are.
 
-    The fewest seeds on the same text; else the least text, in powers of two, with MAX_SEEDS at the
-    most. None where nothing within the limits does: the estimate lies on a bound of the tolerance.
+    The cheapest of so many seeds, MAX_SEEDS at the most, on so many times the text, in powers of
+    two; `training` is the cost of training an arm, that of a pass over the present text being 1.
+    None where nothing within the limits settles it: the estimate lies on a bound of the tolerance.
     """
     known = spread([weights, inputs])
     x, y = float(weights.mean()), float(inputs.mean())
@@ -242,17 +244,20 @@ def needed(inputs: Floats, weights: Floats, looks: Looks = ONCE) -> Needed | Non
         half = known.squared_half_widths(then, seeds=seeds, text=text)
         return decide(fieller(x, y, half)) != "undetermined"
 
+    def fewest(text: int) -> int:
+        # H shrinks with every seed: from one number on, all settle.
+        return numbers[bisect.bisect_left(numbers, True, key=lambda seeds: settled(seeds, text))]
+
+    def cost(found: Needed) -> float:
+        # On the present text, what is trained stays.
+        new = found.seeds - known.seeds if found.text == 1 else found.seeds
+        return new * (training + found.text)
+
     # With one seed nothing is known of the spread over seeds: more text is all that can be named.
-    most = max(MAX_SEEDS, known.seeds) if known.seeds > 1 else 1
-    text = 1
-    while text <= MAX_TEXT:
-        if settled(most, text):
-            # H shrinks with every seed: from one number on, all settle.
-            numbers = range(known.seeds, most + 1)
-            first = bisect.bisect_left(numbers, True, key=lambda n: settled(n, text))
-            return Needed(numbers[first], text)
-        text *= 2
-    return None
+    numbers = range(known.seeds, (max(MAX_SEEDS, known.seeds) if known.seeds > 1 else 1) + 1)
+    texts = [1 << power for power in range(MAX_TEXT.bit_length())]
+    found = [Needed(fewest(text), text) for text in texts if settled(numbers[-1], text)]
+    return min(found, key=cost, default=None)
 
 
 def noise(

@@ -327,7 +327,13 @@ def _judge(
     needed = None
     if word == "undetermined" and not missing:
         top, bottom = RATIOS["after"]
-        needed = arithmetic.needed(paired[top], paired[bottom], looks)
+        needed = arithmetic.needed(
+            paired[top],
+            paired[bottom],
+            looks,
+            # Backward costs two passes.
+            training=3 * job.train.numel() / job.heldout.numel(),
+        )
     more = None
     if needed is not None:
         more = {

@@ -307,6 +307,28 @@ def test_needed_settles_in_most_cases_when_it_is_followed() -> None:
     assert np.mean(settled) > 0.5
 
 
+def test_needed_weighs_what_training_costs() -> None:
+    """Seeds and text both help: of what settles, the cheapest, found by trying everything."""
+    weights, inputs = simulated(
+        np.random.default_rng(12), (0.010, 0.0135), seeds=4, seed_std=0.0008, text_std=0.008
+    )
+    known = spread([weights, inputs])
+    asked = {}
+    for training in (0.1, 300.0):
+        best = (math.inf, 0, 0)
+        for text in (2**power for power in range(11)):
+            for seeds in range(4, 101):
+                half = known.squared_half_widths(Looks(), seeds=seeds, text=text)
+                new = seeds - 4 if text == 1 else seeds
+                if decide(fieller(weights.mean(), inputs.mean(), half)) != "undetermined":
+                    best = min(best, (new * (training + text), seeds, text))
+        found = asked[training] = needed(inputs, weights, training=training)
+        assert found is not None
+        assert (found.seeds, found.text) == best[1:]
+    assert asked[0.1].seeds > asked[300.0].seeds
+    assert asked[0.1].text < asked[300.0].text
+
+
 def test_needed_counts_the_looks_to_come() -> None:
     weights, inputs = simulated(
         np.random.default_rng(6), (0.010, 0.014), seed_std=0.001, text_std=1e-5
