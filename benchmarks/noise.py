@@ -1,6 +1,6 @@
 """What averaging the tail does to the spread of delta over seeds, branched and from scratch.
 
-    python benchmarks/noise.py [--from-scratch] [--seeds 5] [--steps 40] [--to FILE]
+    python benchmarks/noise.py [--from-scratch] [--seeds 5] [--steps 24] [--to FILE]
 
 Embedded checkpoint, every planned site at int4-g128; one training per arm and seed, judged on the
 averages over each share of its last steps at once. For every arm and share: delta, its standard
@@ -36,6 +36,7 @@ RESULT = Path(__file__).parent / "results" / "noise.json"
 SHARES = (0.0, 0.1, 0.2, 0.4)
 ARMS = {"bf16": (), "w4a16": ("weight",), "w16a4": ("input",)}
 LOW = parse_format("int4-g128")
+HELDOUT_TOKENS = 12_288
 
 
 def train(
@@ -83,7 +84,9 @@ def measure(checkpoint: Checkpoint, options: argparse.Namespace) -> list[dict[st
     corpus, tokens = load_text(), recipe.steps * recipe.batch_size * recipe.seq_len
     draw = {"seq_len": recipe.seq_len}
     tokenizer = checkpoint.tokenizer
-    heldout = tokenize(corpus, tokenizer, "heldout", tokens=24_576, seed=0, apart=True, **draw)
+    heldout = tokenize(
+        corpus, tokenizer, "heldout", tokens=HELDOUT_TOKENS, seed=0, apart=True, **draw
+    )
     losses: dict[str, list[Floats]] = {arm: [] for arm in ARMS}
     for seed in range(options.seeds):
         ids = tokenize(corpus, tokenizer, "train", tokens=tokens, seed=seed, **draw)
@@ -118,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--from-scratch", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--to", type=Path, default=RESULT)
     options = parser.parse_args()
