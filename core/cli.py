@@ -322,7 +322,20 @@ def plan(
     "--seeds",
     type=click.IntRange(1),
     show_default=True,
-    help="Seeds per arm.",
+    help="Seeds per arm; at the most, with --until-settled.",
+)
+@click.option(
+    "--until-settled",
+    is_flag=True,
+    help="Look at the verdict after each seed from the third on, and stop when it is settled.",
+)
+@option(
+    VerifyOptions,
+    "confidence",
+    "--confidence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    show_default=True,
+    help="Of the intervals and of the verdict.",
 )
 @option(
     VerifyOptions,
@@ -363,6 +376,14 @@ def plan(
     type=click.Choice(["cosine", "wsd"]),
     show_default=True,
     help="How the rate falls; wsd: warmup, stable, decay.",
+)
+@option(
+    VerifyOptions,
+    "average_tail",
+    "--average-tail",
+    type=click.FloatRange(0, 1),
+    show_default=True,
+    help="Judge the average of the weights over this last share of the steps.",
 )
 @option(
     VerifyOptions,

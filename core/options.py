@@ -95,6 +95,10 @@ class VerifyOptions:
     """Training tokens per arm; default DEFAULT_TOKENS."""
     seeds: int = 5
     """Seeds per arm; each fixes one data order, shared by all arms."""
+    until_settled: bool = False
+    """From the third seed on, stop as soon as the verdict is settled; `seeds` are the most."""
+    confidence: float = 0.95
+    """Of the intervals, and of the verdict they give."""
     batch_size: int = 8
     """Sequences per optimizer step."""
     seq_len: int = 256
@@ -105,6 +109,8 @@ class VerifyOptions:
     """Peak learning rate; default DEFAULT_LR, or SCRATCH_LR from scratch."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """How the rate falls: along a cosine, or held at the peak and then down in the last fifth."""
+    average_tail: float = 0.0
+    """Share of the steps, the last ones, over which the weights that are judged are averaged."""
     from_scratch: str | None = None
     """A config.json or its directory: arms start from its random weights, not the checkpoint."""
     data: tuple[str, ...] = ()

@@ -36,6 +36,7 @@ PIECE_BYTES = 8192
 # Reading on would take longer than profiling; a corpus is cut here and says so in its notes.
 MAX_CORPUS_BYTES = 1 << 30
 _BATCH_PIECES = 32
+_TOKEN_BYTES = 2  # few tokenizers spend more tokens on text than one for each two bytes
 _BUFFER_BYTES = 1 << 20
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -208,19 +209,32 @@ def _pieces(span: Span) -> list[Span]:
 
 
 def tokenize(
-    corpus: Corpus, tokenizer: Any, split: Split, *, tokens: int, seq_len: int, seed: int
+    corpus: Corpus,
+    tokenizer: Any,
+    split: Split,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    apart: bool = False,
 ) -> Tensor:
     """Return at least `tokens` tokens of a split as full windows, [sequences, seq_len] int64.
 
-    The seed chooses the text; reading stops when there is enough. Raises DataError where the split
-    is too short.
+    The seed chooses the text; reading stops when there is enough. `apart`: of a longer draw, every
+    so-manieth window, so that as far as there is text no two come from one piece; what they say of
+    a model is then nearly independent. Raises DataError where the split is too short.
     """
     sequences = -(-tokens // seq_len)
+    stride = -(-PIECE_BYTES // (_TOKEN_BYTES * seq_len)) if apart else 1
     ids: list[int] = []
     for more in stream_tokens(corpus, tokenizer, split, seed=seed):
         ids.extend(more)
-        if len(ids) >= sequences * seq_len:
-            return torch.tensor(ids[: sequences * seq_len]).view(sequences, seq_len)
+        if len(ids) >= stride * sequences * seq_len:
+            break
+    if len(ids) >= sequences * seq_len:
+        stride = min(stride, len(ids) // seq_len // sequences)
+        windows = torch.tensor(ids[: stride * sequences * seq_len]).view(-1, seq_len)
+        return windows[::stride].contiguous()
     raise DataError(
         f"{sequences * seq_len:,} tokens were asked of the {split} part of {corpus.source}, which "
         f"has {len(ids):,}: give more text with --data, or ask for fewer tokens"

@@ -43,6 +43,9 @@ class Recipe:
     clip_norm: float = 1.0
     compiled: bool = False
     """Compile the blocks, where steps are captured (step.py)."""
+    average_tail: float = 0.0
+    """Share of the steps, the last ones, after which the weights are averaged for the held-out
+    loss."""
     records: int = 2
     """How often statistics are recorded: half way and at the end."""
 

@@ -58,6 +58,9 @@ class Verdict:
     missing: tuple[str, ...]
     """Arms that were not trained yet."""
     seeds: int
+    """Trained per arm: all that were allowed, or as many as it took."""
+    seeds_allowed: int
+    confidence: float
     tokens: int
     """Training tokens per arm and seed."""
     heldout_tokens: int
@@ -85,7 +88,7 @@ class Verdict:
                 if arm.delta is not None
             },
             "tolerance": list(arithmetic.TOLERANCE),
-            "confidence": arithmetic.CONFIDENCE,
+            "confidence": self.confidence,
             "noise": dict(self.noise),
             "arms": {
                 arm.name: {
@@ -103,6 +106,7 @@ class Verdict:
             "missing": list(self.missing),
             "needed": None if self.needed is None else dict(self.needed),
             "seeds": self.seeds,
+            "seeds_allowed": self.seeds_allowed,
             "tokens": self.tokens,
             "heldout_tokens": self.heldout_tokens,
             "notes": list(self.notes),
@@ -117,9 +121,10 @@ class Verdict:
             name: Interval(entry["estimate"], entry["low"], entry["high"])
             for name, entry in value["delta"].items()
         }
-        same = ("verdict", "sentence", "seeds", "tokens", "heldout_tokens", "noise", "needed")
+        same = ("verdict", "sentence", "seeds", "seeds_allowed", "confidence", "tokens")
+        more = ("heldout_tokens", "noise", "needed", "plan_id", "provenance")
         return cls(
-            **{key: value[key] for key in (*same, "plan_id", "provenance")},
+            **{key: value[key] for key in (*same, *more)},
             before=Interval(**value["R"]["before"]),
             after=Interval(**value["R"]["after"]),
             arms=tuple(
@@ -151,8 +156,10 @@ class Verdict:
             "",
             f"R before  {self.before}   (w16a4 over w4a16)",
             f"R after   {self.after}   (the plan's inputs over the plan's weights)",
-            f"Intervals are {arithmetic.CONFIDENCE:.0%}; {self.tokens:,} training tokens per arm, "
+            f"Intervals are {self.confidence * 100:g}%; {self.tokens:,} training tokens per arm, "
             f"{self.heldout_tokens:,} held-out tokens.",
+            *self._settled_text(),
+            *self._noise_text(),
             *self.notes,
             *self._attribution_text(),
             "",
@@ -162,6 +169,23 @@ class Verdict:
             f"next: bitplan report {self.run}",
         ]
         return "\n".join(lines)
+
+    def _settled_text(self) -> list[str]:
+        """Say how many of the allowed seeds it took, where not all of them."""
+        if self.seeds == self.seeds_allowed:
+            return []
+        return [f"Settled after {self.seeds} of at most {self.seeds_allowed} seeds."]
+
+    def _noise_text(self) -> list[str]:
+        """Say how far apart two bf16 seeds are, and how far a delta is from seed to seed."""
+        apart, moves = self.noise.get("bf16_seeds"), self.noise.get("seed_std")
+        text = self.noise.get("evaluation_stderr")
+        if apart is None or moves is None or text is None:
+            return []
+        return [
+            f"Noise: two bf16 seeds differ by {apart:.4f}; the delta of an arm, paired, by "
+            f"{moves:.4f} from seed to seed and {text:.4f} with the held-out text."
+        ]
 
     def _attribution_text(self) -> list[str]:
         """Return a table of what 8 bits at each role alone give back of w4a4's delta."""

@@ -34,6 +34,7 @@ from bitplan.probe.recorder import Recorder
 from bitplan.progress import track
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
+from bitplan.qat.average import TailAverage
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
 from bitplan.qat.step import Step
@@ -150,6 +151,8 @@ class _Training:
         self.sites = len(convert(plain, job.formats, job.quantizers).converted)
         self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
+        recipe = job.recipe
+        self.average = TailAverage(self.plain, steps=recipe.steps, share=recipe.average_tail)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
         every = max(1, job.recipe.steps // job.recipe.records)
@@ -180,6 +183,7 @@ class _Training:
         label = f"{self.job.arm}, seed {self.job.seed}"
         for step in track(range(self.step, recipe.steps), label):
             self.take_step(step)
+            self.average.add(step)
             if time.monotonic() - saved >= save_every_s and self.step < recipe.steps:
                 self.save()
                 saved = time.monotonic()
@@ -253,6 +257,7 @@ class _Training:
             "seconds": self.seconds,
             "model": self.plain.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
             "metrics": self.metrics,
             "stats": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8),
         }
@@ -265,6 +270,7 @@ class _Training:
             return
         self.plain.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
         self.step = state["step"]
         self.start = time.monotonic() - state["seconds"]
         self.metrics = state["metrics"]
@@ -274,6 +280,7 @@ class _Training:
     def finish(self) -> dict[str, Any]:
         """Evaluate, write the arm's files, the record last, and return the record."""
         job, recipe = self.job, self.job.recipe
+        self.average.apply()
         losses = self.evaluate()
         if not all(map(math.isfinite, losses)):
             self.fail(recipe.steps - 1, math.nan, job.heldout[: recipe.batch_size])

@@ -44,7 +44,7 @@ from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, ArmResult, Attribution, Verdict, sentence
 from bitplan.qat.start import Start, from_checkpoint, from_scratch
 from bitplan.qat.train import Job, make_accelerator, train_arm
-from bitplan.qat.verdict import Floats, Interval
+from bitplan.qat.verdict import Floats, Interval, Looks
 from bitplan.rundir import RunDir, content_hash
 from bitplan.sites import Linear, Site
 from bitplan.tables import TRAINED
@@ -57,6 +57,9 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
 
     Raises PlanError where the plan is for another checkpoint, DataError where the text is too
     short, TrainingError where a training cannot go on; arms finished until then stay.
+
+    Until settled: all arms of three seeds, then of one more at a time, as long as the verdict is
+    undetermined.
     """
     select_arms(options.arms)  # a wrong name is said before anything is loaded
     recipe = _recipe(options)
@@ -89,14 +92,19 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
         table = {**ARMS, **{arm.name: arm for arm in spared}}
         jobs = _jobs(plan, table, checkpoint, start, corpus, recipe, options, str(device))
         wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
-        _train(directory, start, jobs, wanted, options, device)
-        verdict = _judge(directory, plan, table, jobs, checkpoint, corpus, options)
+        looks = Looks(options.confidence, options.seeds if options.until_settled else None)
+        for seeds in looks.seeds() if options.until_settled else (options.seeds,):
+            looked_at = {name: of_arm[:seeds] for name, of_arm in jobs.items()}
+            _train(directory, start, looked_at, wanted, options, device)
+            verdict = _judge(directory, plan, table, looked_at, checkpoint, corpus, options, looks)
+            if verdict.verdict != "undetermined":
+                break
         directory.write_json(VERDICT_FILE, verdict.as_json())
-        directory.write_table(TRAINED.file, _with_trained(directory, jobs, verdict))
+        directory.write_table(TRAINED.file, _with_trained(directory, looked_at, verdict))
         written = [
             name
             for arm in verdict.arms
-            for k in range(options.seeds)
+            for k in range(verdict.seeds)
             for name in files.arm_files(arm.name, options.seed + k)
         ]
         directory.finish(STAGE, asked, [VERDICT_FILE, TRAINED.file, *written])
@@ -122,6 +130,7 @@ def _recipe(options: VerifyOptions) -> Recipe:
         seq_len=options.seq_len,
         lr=lr,
         schedule=options.schedule,
+        average_tail=options.average_tail,
     )
 
 
@@ -176,13 +185,20 @@ def _jobs(
     """Return every arm's jobs, one per seed; seeds differ in their batches, arms do not."""
     tokens = recipe.steps * recipe.batch_size * recipe.seq_len
 
-    def ids(split: Any, count: int, seed: int) -> Tensor:
+    def ids(split: Any, count: int, seed: int, *, apart: bool = False) -> Tensor:
         return tokenize(
-            corpus, checkpoint.tokenizer, split, tokens=count, seq_len=recipe.seq_len, seed=seed
+            corpus,
+            checkpoint.tokenizer,
+            split,
+            tokens=count,
+            seq_len=recipe.seq_len,
+            seed=seed,
+            apart=apart,
         )
 
-    # One seed for all, and not the first of the seeds: more seeds later meet the same text.
-    heldout = ids("heldout", options.eval_tokens, 0)
+    # One seed for all, and not the first of the seeds: more seeds later meet the same text. Apart:
+    # windows of one text are alike, and tell less for as many tokens.
+    heldout = ids("heldout", options.eval_tokens, 0, apart=True)
     linears = {item.linear.module: item.linear for item in find_linears(checkpoint.model)}
     seeds = range(options.seed, options.seed + options.seeds)
     train = {seed: ids("train", tokens, seed) for seed in seeds}
@@ -252,7 +268,9 @@ def _train(
     twins: dict[str, list[Job]] = {}
     for job in itertools.chain.from_iterable(jobs.values()):
         twins.setdefault(job.config_hash, []).append(job)
-    asked = [jobs[arm.name][k] for k in range(options.seeds) for arm in arms]
+    # Seed by seed: a killed verify leaves whole seeds.
+    by_seed = zip(*(jobs[arm.name] for arm in arms), strict=True)
+    asked = list(itertools.chain.from_iterable(by_seed))
     tasks: dict[str, _Task] = {}
     for job in asked:
         if _record_of(directory, job, twins) is None:
@@ -283,8 +301,9 @@ def _judge(
     checkpoint: Checkpoint,
     corpus: Corpus,
     options: VerifyOptions,
+    looks: Looks,
 ) -> Verdict:
-    """Compare the arms that are finished for every seed."""
+    """Compare the arms that are finished for every seed of `jobs`."""
     records = {
         name: [files.finished(directory, job.arm, job.seed, job.config_hash) for job in of_arm]
         for name, of_arm in jobs.items()
@@ -296,7 +315,7 @@ def _judge(
     }
     paired = arithmetic.differences(losses, BASELINE) if BASELINE in losses else {}
     ratios = {
-        name: arithmetic.ratio(paired[top], paired[bottom])
+        name: arithmetic.ratio(paired[top], paired[bottom], looks)
         if top in paired and bottom in paired
         else Interval(None, None, None)
         for name, (top, bottom) in RATIOS.items()
@@ -308,11 +327,19 @@ def _judge(
     needed = None
     if word == "undetermined" and not missing:
         top, bottom = RATIOS["after"]
-        needed = arithmetic.needed(paired[top], paired[bottom])
+        needed = arithmetic.needed(
+            paired[top],
+            paired[bottom],
+            looks,
+            # Backward costs two passes.
+            training=3 * job.train.numel() / job.heldout.numel(),
+        )
     more = None
     if needed is not None:
-        tokens = needed.sequences * job.heldout.shape[1]
-        more = {"seeds": needed.seeds, "heldout_tokens": tokens}
+        more = {
+            "seeds": needed.seeds,
+            "heldout_tokens": needed.text * job.heldout.numel(),
+        }
     seeds = len(jobs[BASELINE])
     return Verdict(
         verdict=word,
@@ -324,7 +351,7 @@ def _judge(
                 name=name,
                 formats=_formats_text(plan, table[name]),
                 loss=float(losses[name].mean()),
-                delta=arithmetic.delta(paired[name]) if paired else None,
+                delta=arithmetic.delta(paired[name], looks) if paired else None,
                 seeds=seeds,
                 same_as=done[name][0]["same_as"],
             )
@@ -333,10 +360,12 @@ def _judge(
         ),
         missing=tuple(name for name in ARMS if name not in done),
         seeds=seeds,
+        seeds_allowed=options.seeds,
+        confidence=options.confidence,
         tokens=job.train.numel(),
         heldout_tokens=job.heldout.numel(),
-        attribution=_attribution(plan, paired),
-        noise=arithmetic.noise(paired),
+        attribution=_attribution(plan, paired, looks),
+        noise=arithmetic.noise(losses, BASELINE, looks),
         needed=more,
         notes=_notes(seeds, checkpoint, corpus, options),
         plan_id=plan.plan_id,
@@ -345,7 +374,7 @@ def _judge(
     )
 
 
-def _attribution(plan: Plan, paired: Mapping[str, Floats]) -> tuple[Attribution, ...]:
+def _attribution(plan: Plan, paired: Mapping[str, Floats], looks: Looks) -> tuple[Attribution, ...]:
     """Return what 8 bits give back of w4a4's delta, by role, where its arms are finished."""
     back = {
         key: paired[UNIFORM] - paired[arm.name]
@@ -358,9 +387,11 @@ def _attribution(plan: Plan, paired: Mapping[str, Floats]) -> tuple[Attribution,
         found.append(
             Attribution(
                 role=role,
-                weight=None if weight is None else arithmetic.delta(weight),
-                input=None if input_ is None else arithmetic.delta(input_),
-                R=None if weight is None or input_ is None else arithmetic.ratio(input_, weight),
+                weight=None if weight is None else arithmetic.delta(weight, looks),
+                input=None if input_ is None else arithmetic.delta(input_, looks),
+                R=None
+                if weight is None or input_ is None
+                else arithmetic.ratio(input_, weight, looks),
             )
         )
     return tuple(found)

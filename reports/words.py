@@ -396,6 +396,16 @@ def gloss(verdict: Mapping[str, Any] | None, tolerance: Sequence[float]) -> list
         f"{tolerance[0]:g} to {tolerance[1]:g} the two count as equal."
         + (f" Intervals are {percent(confidence)}." if confidence is not None else "")
     ]
+    seeds, allowed = verdict.get("seeds"), verdict.get("seeds_allowed")
+    if seeds is not None and allowed is not None and seeds < allowed:
+        lines.append(f"Settled after {seeds} of at most {allowed} seeds.")
+    noise = verdict.get("noise") or {}
+    apart, moves = noise.get("bf16_seeds"), noise.get("seed_std")
+    if apart is not None and moves is not None:
+        lines.append(
+            f"Two bf16 seeds differ by {apart:.4f} nats per token; the delta of an arm, paired by "
+            f"seed, moves by {moves:.4f}."
+        )
     needed = verdict.get("needed")
     if needed:
         lines.append(

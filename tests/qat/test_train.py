@@ -126,6 +126,7 @@ def test_a_killed_training_goes_on_to_the_same_losses(
     step: int,
 ) -> None:
     whole, killed = run("whole"), run("killed")
+    job = replace(job, recipe=replace(RECIPE, average_tail=0.6))
     train_arm(whole, model, job, make_accelerator(CPU))
     place = killed.path / files.arm_dir(job.arm, job.seed)
     with monkeypatch.context() as patch:
@@ -141,6 +142,26 @@ def test_a_killed_training_goes_on_to_the_same_losses(
     assert sorted(path.name for path in place.iterdir()) == sorted(
         (*files.TABLE_FILES, files.RECORD_FILE)
     )
+
+
+def test_the_average_of_the_tail_is_what_is_judged(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    """At a rate of next to nothing the tail is the weights; at a large one it is not."""
+    for lr, equal in ((1e-12, True), (1e-2, False)):
+        plain = replace(job, recipe=replace(RECIPE, lr=lr))
+        tail = replace(job, recipe=replace(RECIPE, lr=lr, average_tail=0.8))
+        directories = run(f"plain{lr}"), run(f"tail{lr}")
+        for directory, each in zip(directories, (plain, tail), strict=True):
+            train_arm(directory, model, each, make_accelerator(CPU))
+        a, b = (
+            directory.read_table(f"{files.arm_dir(job.arm, job.seed)}/{files.HELDOUT_FILE}")["loss"]
+            for directory in directories
+        )
+        assert (a.to_list() == pytest.approx(b.to_list(), abs=1e-5)) == equal
+        names = (files.METRICS_FILE, files.STATS_FILE)
+        found, expected = results(directories[1], tail), results(directories[0], plain)
+        assert_equal({n: found[n] for n in names}, {n: expected[n] for n in names})
 
 
 def test_the_state_of_another_configuration_is_not_taken_up(

@@ -10,10 +10,12 @@ from scipy import stats
 
 from bitplan.qat.verdict import (
     Interval,
+    Looks,
     decide,
     delta,
     differences,
     fieller,
+    look_level,
     needed,
     noise,
     ratio,
@@ -49,11 +51,21 @@ def test_delta_is_students_interval_where_only_the_seeds_differ() -> None:
     assert (found.low, found.high) == pytest.approx((low, high))
 
 
-def test_delta_is_students_interval_over_sequences_for_one_seed() -> None:
-    values = np.random.default_rng(0).normal(0.02, 0.01, (1, 40))
-    found = delta(values)
-    low, high = stats.t.interval(0.95, 39, loc=values.mean(), scale=stats.sem(values[0]))
+@pytest.mark.parametrize(("sequences", "together"), [(20, 1), (32, 1), (96, 3)])
+def test_delta_is_students_interval_over_batches_of_text_for_one_seed(
+    sequences: int, together: int
+) -> None:
+    values = np.random.default_rng(0).normal(0.02, 0.01, (1, sequences))
+    found = delta(values, Looks(0.9))
+    batches = values.reshape(-1, together).mean(1)
+    low, high = stats.t.interval(0.9, len(batches) - 1, loc=values.mean(), scale=stats.sem(batches))
     assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_neighbors_that_say_the_same_count_once() -> None:
+    values = np.random.default_rng(0).normal(0.02, 0.01, (1, 32))
+    once, repeated = delta(values), delta(values.repeat(3, axis=1))
+    assert (once.low, once.high) == pytest.approx((repeated.low, repeated.high))
 
 
 def test_half_widths_of_seeds_and_text_add_in_quadrature() -> None:
@@ -199,11 +211,11 @@ def test_needed_names_the_fewest_seeds_that_settle() -> None:
     assert decide(ratio(inputs, weights)) == "undetermined"
     found = needed(inputs, weights)
     assert found is not None
-    assert found.sequences == 64
+    assert found.text == 1
     known = spread([weights, inputs])
 
     def word(seeds: int) -> str:
-        half = known.squared_half_widths(seeds=seeds, sequences=64)
+        half = known.squared_half_widths(Looks(), seeds=seeds)
         return decide(fieller(float(weights.mean()), float(inputs.mean()), half))
 
     assert word(found.seeds) != "undetermined"
@@ -216,7 +228,7 @@ def test_needed_asks_for_text_where_seeds_do_not_help() -> None:
     )
     found = needed(inputs, weights)
     assert found is not None
-    assert found.sequences > 64
+    assert found.text > 1
     one = needed(inputs[:1], weights[:1])
     assert one is not None
     assert one.seeds == 1
@@ -230,13 +242,98 @@ def test_needed_is_none_where_the_estimate_lies_on_a_bound() -> None:
 
 def test_noise_is_the_spread_of_the_deltas() -> None:
     by_seed = np.array([0.010, 0.013, 0.011])
-    paired = {"bf16": np.zeros((3, 20)), "w4a16": np.repeat(by_seed[:, None], 20, axis=1)}
-    found = noise(paired)
+    baseline = np.array([2.0, 2.1, 2.3])[:, None] * np.ones(20)
+    losses = {"bf16": baseline, "w4a16": baseline + by_seed[:, None]}
+    found = noise(losses, "bf16")
+    # Two of the three seeds at random: 0.1, 0.2 or 0.3 apart.
+    assert found["bf16_seeds"] == pytest.approx(math.sqrt((0.1**2 + 0.2**2 + 0.3**2) / 3))
     assert found["seed_std"] == pytest.approx(by_seed.std(ddof=1))
     assert found["evaluation_stderr"] == pytest.approx(0, abs=1e-12)
     assert found["floor"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(by_seed))
-    assert noise({"bf16": np.zeros((3, 20))}) == {
-        "seed_std": None,
-        "evaluation_stderr": None,
-        "floor": None,
-    }
+    nothing = {"bf16_seeds": None, "seed_std": None, "evaluation_stderr": None, "floor": None}
+    assert noise({"bf16": baseline}, "bf16") == nothing | {"bf16_seeds": found["bf16_seeds"]}
+    assert noise({"w4a16": baseline}, "bf16") == nothing
+
+
+def test_looks_at_one_number_of_seeds_are_one_look() -> None:
+    assert look_level(3, 3, 0.05) == 0.05
+    values = simulated(np.random.default_rng(8), (0.01, 0.02))
+    assert ratio(*values, Looks(most=3)) == ratio(*values)
+    assert list(Looks(most=2).seeds()) == [2]
+    assert list(Looks(most=5).seeds()) == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("first", "most", "miss"), [(3, 5, 0.05), (2, 6, 0.1), (3, 20, 0.01)])
+def test_the_level_of_looks_misses_as_often_as_asked_in_all(
+    first: int, most: int, miss: float
+) -> None:
+    level = look_level(first, most, miss)
+    assert miss / (most - first + 1) < level < miss
+    rng = np.random.default_rng(9)
+    values = rng.standard_normal((40_000, most))
+    left = np.zeros(len(values), bool)
+    for n in range(first, most + 1):
+        left |= stats.ttest_1samp(values[:, :n], 0, axis=1).pvalue < level
+    assert left.mean() == pytest.approx(miss, rel=0.1)
+
+
+def test_stopping_at_the_first_word_errs_no_more_often_than_asked() -> None:
+    """On the bound, where any word is chance, and looking each time at the plain level is not."""
+    rng = np.random.default_rng(10)
+    most, trials = 8, 400
+    wrong = {"bounded": 0, "peeking": 0}
+    for _ in range(trials):
+        weights, inputs = simulated(rng, (0.02, 0.025), seeds=most, text_std=1e-4)
+        for name, looks in (("bounded", Looks(most=most)), ("peeking", Looks())):
+            found = (ratio(inputs[:n], weights[:n], looks) for n in range(3, most + 1))
+            wrong[name] += any(decide(interval) != "undetermined" for interval in found)
+    assert wrong["bounded"] / trials < 0.08  # 0.05 and three standard errors
+    assert wrong["peeking"] / trials > 0.1
+
+
+def test_needed_settles_in_most_cases_when_it_is_followed() -> None:
+    rng = np.random.default_rng(11)
+    settled = []
+    for _ in range(60):
+        weights, inputs = simulated(rng, (0.02, 0.024), seeds=40, seed_std=0.0015, text_std=1e-4)
+        few = (inputs[:3], weights[:3])
+        if decide(ratio(*few)) != "undetermined":
+            continue
+        found = needed(*few)
+        if found is not None and found.seeds <= 40:
+            all_ = (inputs[: found.seeds], weights[: found.seeds])
+            settled.append(decide(ratio(*all_)) != "undetermined")
+    assert len(settled) > 20
+    assert np.mean(settled) > 0.5
+
+
+def test_needed_weighs_what_training_costs() -> None:
+    """Seeds and text both help: of what settles, the cheapest, found by trying everything."""
+    weights, inputs = simulated(
+        np.random.default_rng(12), (0.010, 0.0135), seeds=4, seed_std=0.0008, text_std=0.008
+    )
+    known = spread([weights, inputs])
+    asked = {}
+    for training in (0.1, 300.0):
+        best = (math.inf, 0, 0)
+        for text in (2**power for power in range(11)):
+            for seeds in range(4, 101):
+                half = known.squared_half_widths(Looks(), seeds=seeds, text=text)
+                new = seeds - 4 if text == 1 else seeds
+                if decide(fieller(weights.mean(), inputs.mean(), half)) != "undetermined":
+                    best = min(best, (new * (training + text), seeds, text))
+        found = asked[training] = needed(inputs, weights, training=training)
+        assert found is not None
+        assert (found.seeds, found.text) == best[1:]
+    assert asked[0.1].seeds > asked[300.0].seeds
+    assert asked[0.1].text < asked[300.0].text
+
+
+def test_needed_counts_the_looks_to_come() -> None:
+    weights, inputs = simulated(
+        np.random.default_rng(6), (0.010, 0.014), seed_std=0.001, text_std=1e-5
+    )
+    once, looked = needed(inputs, weights), needed(inputs, weights, Looks(most=3))
+    assert once is not None
+    assert looked is not None
+    assert looked.seeds > once.seeds

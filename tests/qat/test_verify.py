@@ -20,6 +20,7 @@ from bitplan.options import VerifyOptions
 from bitplan.qat import train, verify
 from bitplan.qat.arms import ARMS, attribution_arms
 from bitplan.qat.result import Verdict
+from bitplan.qat.verdict import Interval
 from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir
 from bitplan.tables import HELDOUT, METRICS, PROFILE, TRAINED
@@ -98,7 +99,10 @@ def test_every_arm_leaves_its_files_and_the_verdict_adds_up(
         delta["planned-inputs"] / delta["planned-weights"]
     )
     assert value["tolerance"] == [0.8, 1.25]
-    assert set(value["noise"]) == {"seed_std", "evaluation_stderr", "floor"}
+    assert set(value["noise"]) == {"bf16_seeds", "seed_std", "evaluation_stderr", "floor"}
+    apart = held["bf16"][0] - held["bf16"][1]
+    assert value["noise"]["bf16_seeds"] == pytest.approx(abs(apart))
+    assert (value["seeds"], value["seeds_allowed"], value["confidence"]) == (2, 2, 0.95)
     assert value["verdict"] == found.verdict
     assert value["plan_id"] == at.plan.plan_id
     assert value["tokens"] == 4 * 2 * 32
@@ -148,6 +152,63 @@ def test_attribution_measures_each_role_and_stays(
     # Asked without it, what was trained is still told.
     again = verify_plan(at.run, at.options)
     assert again.attribution == found.attribution
+
+
+ENOUGH = ("bf16", "planned-weights", "planned-inputs")  # for a verdict
+
+
+def settling(monkeypatch: pytest.MonkeyPatch, seeds: int) -> None:
+    """Let the verdict be settled from so many seeds on, whatever the losses are."""
+    real = verify.arithmetic.ratio
+
+    def ratio(inputs: Any, weights: Any, looks: Any) -> Interval:
+        found = real(inputs, weights, looks)
+        return replace(found, low=1.0, high=1.0 if len(inputs) >= seeds else 2.0)
+
+    monkeypatch.setattr(verify.arithmetic, "ratio", ratio)
+
+
+@pytest.mark.parametrize(("workers", "enough"), [(None, 4), (2, 3)])
+def test_until_settled_trains_seed_by_seed_and_stops(
+    ready: Make, monkeypatch: pytest.MonkeyPatch, workers: int | None, enough: int
+) -> None:
+    settling(monkeypatch, enough)
+    at = ready(steps=1, seeds=5, until_settled=True, workers=workers, arms=ENOUGH)
+    found = verify_plan(at.run, at.options)
+    assert found.verdict == "converged"
+    assert (found.seeds, found.seeds_allowed) == (enough, 5)
+    assert f"Settled after {enough} of at most 5 seeds" in found.as_text()
+    assert {seed for _, seed in losses(at.run)} == set(range(enough))
+    assert all(arm.seeds == enough for arm in found.arms)
+    assert verify_plan(at.run, at.options).up_to_date
+    # All five, and the first are not trained again.
+    seen = trained(monkeypatch)
+    whole = verify_plan(at.run, replace(at.options, until_settled=False, workers=None))
+    assert {seed for _, seed in seen} == set(range(enough, 5))
+    assert whole.seeds == 5
+    assert "Settled after" not in whole.as_text()
+
+
+def test_until_settled_trains_all_seeds_where_nothing_settles(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settling(monkeypatch, 9)
+    at = ready(steps=1, seeds=4, until_settled=True, arms=ENOUGH)
+    found = verify_plan(at.run, at.options)
+    assert (found.verdict, found.seeds) == ("undetermined", 4)
+    assert {seed for _, seed in losses(at.run)} == {0, 1, 2, 3}
+
+
+def test_less_confidence_is_narrower_and_trains_nothing(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready(steps=1, arms=("bf16", "w4a16"))
+    sure = verify_plan(at.run, at.options)
+    seen = trained(monkeypatch)
+    less = verify_plan(at.run, replace(at.options, confidence=0.5))
+    assert seen == []
+    assert "Intervals are 50%" in less.as_text()
+    assert less.noise["floor"] < sure.noise["floor"]
 
 
 def test_attribution_needs_a_format_of_8_bits(ready: Make) -> None:

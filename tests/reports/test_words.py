@@ -288,6 +288,10 @@ def test_what_would_settle_it_is_said() -> None:
     done = {"verdict": "converged", "needed": None, "notes": ["a note"], "confidence": 0.95}
     assert words.gloss(done, BAND)[1:] == ["a note"]
     assert "Intervals are 95 %." in words.gloss(done, BAND)[0]
+    early = done | {"seeds": 3, "seeds_allowed": 5, "notes": []}
+    assert words.gloss(early, BAND)[1:] == ["Settled after 3 of at most 5 seeds."]
+    measured = done | {"noise": {"bf16_seeds": 0.0096, "seed_std": 0.0031}}
+    assert "Two bf16 seeds differ by 0.0096 nats" in words.gloss(measured, BAND)[1]
 
 
 def test_training_sentences() -> None:
