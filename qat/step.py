@@ -9,12 +9,14 @@ A step whose activations are recorded runs as it is written, since the recorder'
 The optimizer stays outside, so that a loss that is not finite is met before it reaches the weights.
 
 Not captured: several processes (their all-reduce belongs to the backward pass), CPUs, mixtures of
-experts (how many tokens an expert sees decides shapes), and models that read values on the host in
-their forward pass, which is only known from trying.
+experts (how many tokens an expert sees decides shapes), models that read values on the host in
+their forward pass, which is only known from trying, and passes that do not give, when replayed, the
+loss and the gradient norm that they give as written: compiled, those with trained scales of inputs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import patch
 
 import torch
@@ -24,6 +26,8 @@ from bitplan.probe.modules import find_linears
 
 WARMUP_STEPS = 3
 """Steps before the capture: libraries allocate what they need when they first run."""
+ROUNDING = 0.02
+"""Relative: between a pass as written in bf16, and the same pass compiled."""
 COMPILED_CODES = 1024
 """Of a block's forward, at most: each set of formats and sizes is one. torch's limit is 8."""
 
@@ -84,8 +88,11 @@ class Step:
             parameter.grad = None
 
     def _capture(self, batch: Tensor) -> bool:
-        """Record the pass without running it; return whether that is possible."""
+        """Record the pass without running it; return whether that is possible, and right."""
         self._batch = batch.clone()
+        random = torch.cuda.default_generators[batch.device.index]
+        seed = random.initial_seed()
+        plain = [float(value) for value in self._plain(batch)]
         with self._unhooked(), _compiled(self._blocks):
             if self._blocks:
                 # A capture cannot compile. Transformers builds a mask where it sees a capture, and
@@ -94,7 +101,6 @@ class Step:
                     self._plain(self._batch)
             self._forget_gradients()
             graph = torch.cuda.CUDAGraph()
-            random = torch.cuda.default_generators[batch.device.index]
             before = random.clone_state()
             try:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -102,10 +108,19 @@ class Step:
             except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
                 random.graphsafe_set_state(before)
-                self._captures, self.refusal = False, str(error)
-                return False
+                return self._refuse(str(error))
         self._graph, self._gradients = graph, [p.grad for p in self._parameters]
+        torch.cuda.manual_seed(seed)  # dropout as in the plain pass
+        replayed = [float(value) for value in self._replay(batch)]
+        torch.cuda.manual_seed(seed)
+        if not alike(plain, replayed):
+            self._graph = None
+            return self._refuse(f"loss and gradient norm: {replayed} replayed, {plain} as written")
         return True
+
+    def _refuse(self, why: str) -> bool:
+        self._captures, self.refusal = False, why
+        return False
 
     def _replay(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         assert self._graph is not None
@@ -114,6 +129,17 @@ class Step:
         self._batch.copy_(batch)
         self._graph.replay()
         return self._loss, self._norm
+
+
+def alike(written: Sequence[float], replayed: Sequence[float]) -> bool:
+    """Whether a replayed pass gives a loss and a norm within ROUNDING of those as written.
+
+    What rounds differently stays far below; a gradient that lost a part of itself does not.
+    """
+    return all(
+        math.isclose(a, b, rel_tol=ROUNDING) or not (math.isfinite(a) and math.isfinite(b))
+        for a, b in zip(written, replayed, strict=True)
+    )
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """The pass of a training step: gradients are this batch's alone, captured or not."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.probe.modules import find_linears
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import sequence_losses
-from bitplan.qat.step import WARMUP_STEPS, Step
+from bitplan.qat.step import WARMUP_STEPS, Step, alike
 from bitplan.sites import OPERANDS, PLANNED_ROLES
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,6 +38,13 @@ def test_gradients_are_those_of_the_last_batch() -> None:
         assert float(norm) == pytest.approx(value * 3**0.5)
         assert float(loss) == pytest.approx(float(layer.weight.detach().sum()) * value)
     assert not step.is_captured
+
+
+def test_a_replay_that_lost_gradients_is_told_from_one_that_rounds() -> None:
+    assert alike([5.0, 1.70], [5.004, 1.71])
+    assert not alike([5.0, 1.70], [5.0, 1.07])
+    assert not alike([5.0, 1.70], [6.0, 1.70])
+    assert alike([math.nan, 1.0], [math.nan, 1.0])  # that training stops by itself
 
 
 def trained(
@@ -93,8 +101,8 @@ def test_replayed_steps_train_as_plain_ones_do(
         recorded=(1, 7),
     )
     assert step.is_captured
-    # The capture, perhaps after a compilation, and the two that hooks had to see.
-    assert calls == WARMUP_STEPS + 1 + compiled + 2
+    # The capture and what it is compared with, perhaps a compilation, two that hooks had to see.
+    assert calls == WARMUP_STEPS + 2 + compiled + 2
     torch.testing.assert_close(captured, plain, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(captured_weights, weights, rtol=0, atol=2e-3)
 
