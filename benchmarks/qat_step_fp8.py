@@ -1,9 +1,9 @@
 """An experiment of qat_step.py: the forward products of W4A4 g128 on the fp8 units.
 
 Integers of 4 bits are exact in e4m3, and so are sums of 128 of their products in the accumulators;
-cuBLAS rescales the sum of each group by both scales in float32. `compare` sets time and error beside
-those of bf16 products of the rounded operands. One pass writes integers, scales and the bf16 values,
-on which backward products would run as they do.
+cuBLAS rescales the sum of each group by both scales in float32. `compare` sets time and error
+beside those of bf16 products of the rounded operands. One pass writes integers, scales and the bf16
+values, on which backward products would run as they do.
 """
 
 from collections.abc import Callable
