@@ -1,6 +1,6 @@
 """What fake quantization costs a training step on a GPU: python benchmarks/qat_step.py
 
-Trains a Llama of 110M parameters in bf16 autocast, W4A4 in groups of 128, every linear but the
+Trains a Llama of 97M parameters in bf16 autocast, W4A4 in groups of 128, every linear but the
 head, and the same in bf16, in turn within one run: rounds go through all ways, a round's time over
 that round's bf16 time is a ratio, and the median of the ratios is the result, with a 95 % bootstrap
 interval over rounds. Goals, compiled: fused at most 1.04, with statistics of every site at every
@@ -9,11 +9,12 @@ step at most 1.06, faster than torchao.
     bf16      no quantization
     naive     the eager quantize-dequantize of core/quantize.py; compiled, what inductor makes of it
     fused     qat/fused.py, as every conversion trains on a GPU
-    recorder  fused, with a Recorder of every site at every step; also with its int4 errors
-    torchao   its own QAT: 4-bit integers, symmetric, groups of 128 (needs torchao)
-    fp8       products of the forward pass on fp8 units (qat_step_fp8.py)
+    recorder  fused, with a Recorder of every site at every step
+    torchao   its own QAT: 4-bit integers, symmetric, groups of 128 (left out where not installed)
 
-The table is printed, and written to benchmarks/results/qat_step.json.
+And products of the forward pass on fp8 units beside those in bf16 (qat_step_fp8.py). The tables are
+printed, and written to benchmarks/results/qat_step.json. Compiling takes longest: processes that
+run one way each with --rounds 0, side by side, fill the caches beforehand.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorder_cost import SIZES, Training, Way, table
+from qat_step_fp8 import compare
+from recorder_cost import Training, Way, table
 from torch import Tensor, nn
 
 from bitplan.formats import Format, parse_format
@@ -40,8 +42,10 @@ from bitplan.sites import OPERANDS, PLANNED_ROLES
 RESULTS = Path(__file__).parent / "results"
 GOALS = {"fused": 1.04, "recorder": 1.06}
 FORMAT = "int4-g128"
-WAYS = ("bf16", "naive", "fused", "recorder", "recorder, int4-g128", "torchao", "fp8")
-EAGER_WAYS = ("bf16", "naive", "fused", "torchao")
+SIZES = {"hidden": 1024, "intermediate": 2816, "layers": 5, "vocabulary": 32000} | {
+    "batch": 48,
+    "length": 1024,
+}
 
 
 def quantized(training: Training, fmt: Format) -> Training:
@@ -93,62 +97,44 @@ def torchao(training: Training, fmt: Format) -> Training:
     return training
 
 
-def fp8(training: Training, fmt: Format) -> Training:
-    from qat_step_fp8 import Fp8Linear
-
-    for module in training.model.model.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = Fp8Linear
-    return training
-
-
 MAKERS: dict[str, Callable[[Training, Format], Training]] = {
     "bf16": lambda training, fmt: training,
     "naive": naive,
     "fused": quantized,
     "recorder": quantized,
     "torchao": torchao,
-    "fp8": fp8,
 }
 
 
-def ways(options: argparse.Namespace, names: list[str], stack: ExitStack) -> Iterator[Way]:
+def ways(options: argparse.Namespace, stack: ExitStack) -> Iterator[Way]:
     fmt = parse_format(FORMAT)
-    for name in names:
-        kind, _, errors = name.partition(", ")
-        training = MAKERS[kind](Training(options), fmt)
-        after: Callable[[], object] = lambda: None  # noqa: E731
-        if kind == "recorder":
-            formats = (errors,) if errors else ()
-            after = stack.enter_context(Recorder(training.model, formats=formats)).step
+    for name in options.ways.split(","):
+        try:
+            training = MAKERS[name](Training(options), fmt)
+        except ImportError as error:
+            print(f"  left out: {error}")
+            continue
+        after: Callable[[], object] = int
+        if name == "recorder":
+            after = stack.enter_context(Recorder(training.model)).step
         yield Way(name, training, after, options.steps)
 
 
-def measure(
-    options: argparse.Namespace, names: list[str], is_compiled: bool
-) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, is_compiled: bool) -> list[dict[str, Any]]:
     rows = []
     with ExitStack() as stack:
-        found = list(ways(options, names, stack))
-        ready = []
+        found = list(ways(options, stack))
         for way in found:
             if is_compiled:
                 way.training.run = torch.compile(way.training.model)
-            try:
-                for _ in range(3):
-                    way.step()
-            except Exception as error:  # of a peer or an experiment: said, and left out
-                if way.name in ("bf16", "fused"):
-                    raise
-                print(f"  left out: {way.name}: {type(error).__name__}: {error}"[:600], flush=True)
-                continue
-            ready.append(way)
-            print(f"  ready: {way.name}", flush=True)
+            for _ in range(3):
+                way.step()
+            print(f"  ready: {way.name}{', compiled' if is_compiled else ''}", flush=True)
         for _ in range(options.rounds):
-            for way in ready:
+            for way in found:
                 way.seconds.append(way.take())
-        for row, way in zip(table(ready), ready, strict=True):
-            ratios = [a / b for a, b in zip(way.seconds, ready[0].seconds, strict=True)]
+        for row, way in zip(table(found), found, strict=True) if options.rounds else ():
+            ratios = [a / b for a, b in zip(way.seconds, found[0].seconds, strict=True)]
             low, high = interval(ratios)
             rows.append({"is_compiled": is_compiled, **row, "ratio_low": low, "ratio_high": high})
     return rows
@@ -163,36 +149,41 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, value in SIZES["cuda"].items():
+    for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="steps at a time")
-    parser.add_argument("--ways", help="compiled ways, separated by semicolons; all by default")
+    parser.add_argument("--ways", default=",".join(MAKERS))
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.device = "cuda"
     torch._dynamo.config.recompile_limit = 64  # one for each way
-    compiled = options.ways.split(";") if options.ways else list(WAYS)
-    eager = [name for name in EAGER_WAYS if name in compiled] if options.eager else []
-    rows = []
-    for names, is_compiled in ((eager, False), (compiled, True)):
-        if names:
-            rows += measure(options, names, is_compiled)
-            torch._dynamo.reset()
-    print(f"{'':32} {'step':>13} {'over bf16':>10}")
+    rows = measure(options, True)
+    if not options.rounds:
+        return
+    if options.eager:
+        torch._dynamo.reset()
+        rows += measure(options, False)
+    print(f"{'':24} {'step':>13} {'over bf16':>10}")
     for row in rows:
-        label = f"{row['way']}{', compiled' if row['is_compiled'] else ''}"
+        label = f"{row['way']}{', compiled' if row['is_compiled'] else ', eager'}"
         span = f"[{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]"
-        print(f"{label:32} {row['step_ms']:10.2f} ms {row['ratio']:10.4f} {span}")
+        print(f"{label:24} {row['step_ms']:10.2f} ms {row['ratio']:10.4f} {span}")
+    tokens, wide, inner = options.batch * options.length, options.hidden, options.intermediate
+    shapes = [(wide, wide), (wide, 3 * wide), (wide, inner), (wide, 2 * inner), (inner, wide)]
+    fp8 = [compare(tokens, *shape) for shape in shapes]
+    for row in fp8:
+        print("  ".join(f"{k} {v:.3g}" for k, v in row.items()))
     result = {
         "device": torch.cuda.get_device_name(),
         "parameters": sum(p.numel() for p in Training(options).model.parameters()),
-        "tokens_a_step": options.batch * options.length,
+        "tokens_a_step": tokens,
         "format": FORMAT,
         "options": {k: v for k, v in vars(options).items() if k != "results"},
         "goal_ratios": GOALS,
         "ways": rows,
+        "fp8_products": fp8,
         "versions": versions(),
     }
     options.results.mkdir(parents=True, exist_ok=True)

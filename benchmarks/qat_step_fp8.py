@@ -1,19 +1,25 @@
 """An experiment of qat_step.py: the forward products of W4A4 g128 on the fp8 units.
 
 Integers of 4 bits are exact in e4m3, and so are sums of 128 of their products in the accumulators;
-cuBLAS rescales each sum of a group by both scales in float32. So the product is closer to that of
-the rounded operands than bf16's, whose operands are rounded once more. One pass writes the
-integers, their scales, and the bf16 values, on which the backward products run as they did.
+cuBLAS rescales the sum of each group by both scales in float32. `compare` sets time and error
+beside those of bf16 products of the rounded operands. One pass writes integers, scales and the bf16
+values, on which backward products would run as they do.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
+from triton.testing import do_bench
 
+from bitplan.formats import parse_format
+from bitplan.qat.fused import quantize_operand
+
+FORMAT = parse_format("int4-g128")
 GROUP = 128
 TILE = 32
 _ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)
@@ -39,10 +45,8 @@ def split_groups(x, integers, scales, values, rows, PER_ROW: tl.constexpr, TILE:
     tl.store(scales + group % PER_ROW * rows + group // PER_ROW, scale, here)
 
 
-@torch.library.custom_op("bitplan_benchmark::split", mutates_args=())
 def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return integers [rows, in], scales [in / 128, rows] and bf16 values [rows, in]."""
-    x = x.contiguous()
     rows, per_row = x.shape[0], x.shape[1] // GROUP
     integers = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     values = torch.empty_like(x, dtype=torch.bfloat16)
@@ -52,47 +56,40 @@ def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return integers, scales, values
 
 
-@split.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = x.shape
-    return (
-        x.new_empty(rows, width, dtype=torch.float8_e4m3fn),
-        x.new_empty(width // GROUP, rows, dtype=torch.float32),
-        x.new_empty(rows, width, dtype=torch.bfloat16),
-    )
-
-
-@torch.library.custom_op("bitplan_benchmark::multiply", mutates_args=())
 def multiply(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
     """Return the product of integers under their scales, [rows, out], bf16."""
     recipe = ScalingType.BlockWise1x128
     return scaled_mm(x, weight.t(), x_scales.t(), recipe, weight_scales.t(), recipe)
 
 
-@multiply.register_fake
-def _(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
+def exact(integers: Tensor, scales: Tensor) -> Tensor:
+    groups = integers.double().unflatten(-1, (-1, GROUP))
+    return (groups * scales.t().double()[..., None]).flatten(-2)
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x_integers, x_scales, x_values = split(x)
-        integers, scales, values = split(weight)
-        ctx.save_for_backward(x_values, values)
-        ctx.dtypes = x.dtype, weight.dtype
-        return multiply(x_integers, x_scales, integers, scales)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        (grad,), (x, weight) = grads, ctx.saved_tensors
-        return (grad @ weight).to(ctx.dtypes[0]), (grad.t() @ x).to(ctx.dtypes[1])
+def distance(y: Tensor, expected: Tensor) -> float:
+    return float((y - expected).norm() / expected.norm())
 
 
-class Fp8Linear(nn.Linear):
-    """A linear without a bias whose forward product runs on integers."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast("cuda", enabled=False):
-            y = _Product.apply(input.reshape(-1, input.shape[-1]), self.weight)
-        return y.view(*input.shape[:-1], -1)
+def compare(tokens: int, wide: int, out: int) -> dict[str, Any]:
+    """Compare both products for inputs [tokens, wide] and weights [out, wide]."""
+    x = torch.randn(tokens, wide, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(out, wide, device="cuda", dtype=torch.bfloat16)
+    (a, a_scales, a_values), (b, b_scales, b_values) = split(x), split(weight)
+    assert torch.equal(a_values, quantize_operand(x, FORMAT))
+    some = slice(4096)
+    expected = exact(a[some], a_scales[:, some]) @ exact(b, b_scales).t()
+    ways: dict[str, Callable[[], object]] = {
+        "fp8_ms": lambda: multiply(a, a_scales, b, b_scales),
+        "bf16_ms": lambda: a_values @ b_values.t(),
+        "split_ms": lambda: split(x),
+        "round_ms": lambda: quantize_operand(x, FORMAT),
+    }
+    return {
+        "in": wide,
+        "out": out,
+        **{name: round(do_bench(way, 5, 30), 4) for name, way in ways.items()},
+        "fp8_error": distance(multiply(a, a_scales, b, b_scales)[some], expected),
+        "bf16_error": distance((a_values @ b_values.t())[some], expected),
+        "rounding_of_output": distance(expected.bfloat16(), expected),
+    }

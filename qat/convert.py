@@ -22,6 +22,7 @@ from bitplan.errors import PlanError
 from bitplan.formats import Format
 from bitplan.planner.quantizers import ABSMAX, QUANTIZERS
 from bitplan.probe.modules import LinearModule, find_linears
+from bitplan.qat.fused import warn_without_kernel
 from bitplan.qat.quantizers import (
     FACTORS,
     INPUT_FACTOR,
@@ -118,6 +119,8 @@ def convert(
     }
     _check(found, sites, formats, quantized)
     _check_quantizers(quantized, trained)
+    if any(module.weight().is_cuda for module in found):
+        warn_without_kernel()
     restore(model)  # what an earlier plan converted
     found = find_linears(model)
     readers = Counter(

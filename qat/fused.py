@@ -8,10 +8,13 @@ rest.
 The operator `bitplan::round_groups` stays one node in the graph of torch.compile, and can be
 captured in a CUDA graph: it waits for nothing and allocates with torch alone. The first call for a
 dtype and a format compiles, so take a step before capturing. Triton comes with torch's CUDA builds
-for Linux; without it, or with BITPLAN_COMPILE=0, the eager code serves CUDA devices too.
+for Linux; without it (a warning says so once) and with BITPLAN_COMPILE=0 the eager code serves CUDA
+devices too.
 """
 
+import logging
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,10 +25,13 @@ from bitplan.formats import Format
 from bitplan.probe.observe import multiplied_dtype
 from bitplan.quantize import quantize_dequantize
 
-HAS_KERNEL = find_spec("triton") is not None and os.environ.get("BITPLAN_COMPILE") != "0"
+_IS_WANTED = os.environ.get("BITPLAN_COMPILE") != "0"
+HAS_KERNEL = _IS_WANTED and find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_GROUP = 1 << 15  # elements, all in the registers of one program
 _TILE = 1 << 12  # elements of a program, if a group has no more
+
+_log = logging.getLogger(__name__)
 
 
 def quantize_operand(x: Tensor, fmt: Format) -> Tensor:
@@ -51,6 +57,16 @@ def is_fused(x: Tensor, fmt: Format) -> bool:
         and x.numel() > 0
         and _group_size(x, fmt) <= _MAX_GROUP
     )
+
+
+@cache
+def warn_without_kernel() -> None:
+    """Say once that CUDA devices are served by the eager code, unless that was asked for."""
+    if _IS_WANTED and not HAS_KERNEL:
+        _log.warning(
+            "fake quantization on GPUs runs in some fifteen kernels in place of one: triton is not "
+            "installed (BITPLAN_COMPILE=0 runs it so without this warning)"
+        )
 
 
 def _group_size(x: Tensor, fmt: Format) -> int:

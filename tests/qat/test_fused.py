@@ -10,7 +10,7 @@ from bitplan.formats import parse_format
 from bitplan.probe.modules import find_linears
 from bitplan.probe.observe import multiplied_dtype
 from bitplan.qat import quantizers
-from bitplan.qat.convert import convert, weights_held
+from bitplan.qat.convert import FakeQuantizedLinear, convert, weights_held
 from bitplan.qat.fused import is_fused, quantize_operand
 from bitplan.qat.quantizers import InputQuantizer, WeightQuantizer, fake_quantize
 from bitplan.quantize import quantize_dequantize
@@ -175,20 +175,36 @@ def loss_of(model: nn.Module, device: str = "cpu", seed: int = 0) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+def test_readers_compile_into_one_graph_with_the_same_gradients() -> None:
+    shared = InputQuantizer(INT4, num_readers=2)
+    readers = nn.ModuleList(FakeQuantizedLinear(64, 8) for _ in range(2))
+    for reader in readers:
+        reader.quantize_input, reader.quantize_weight = shared, WeightQuantizer(INT4)
+    x = torch.randn(4, 64, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        y: Tensor = sum(reader(x).square().sum() for reader in readers)
+        return y
+
+    loss(x).backward()
+    expected, x.grad = x.grad, None
+    torch.compile(loss, fullgraph=True, backend="eager")(x).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@gpu_only
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_compiled_model_has_one_graph_and_the_same_gradients(
-    build: Callable[[str], nn.Module], device: str
+    build: Callable[[str], nn.Module],
 ) -> None:
-    model = converted(build).to(device)
-    eager = loss_of(model, device)
+    model = converted(build).cuda()
+    eager = loss_of(model, "cuda")
     eager.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     torch._dynamo.reset()
-    backend = {"cpu": "eager", "cuda": "inductor"}[device]
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    loss = loss_of(compiled, device)
+    loss = loss_of(torch.compile(model, fullgraph=True), "cuda")
     loss.backward()
     torch.testing.assert_close(loss, eager)
     for name, p in model.named_parameters():
