@@ -238,8 +238,9 @@ def needed(
     """Return what would settle the verdict if the estimates and the spread stayed as they are.
 
     The cheapest of so many seeds, MAX_SEEDS at the most, on so many times the text, in powers of
-    two up to `most_text`; `training` is the cost of training an arm, that of a pass over the present text being 1.
-    None where nothing within the limits settles it: the estimate lies on a bound of the tolerance.
+    two up to `most_text`; `training` is the cost of training an arm, that of a pass over the
+    present text being 1. None where nothing within the limits settles it: the estimate lies on a
+    bound of the tolerance.
     """
     known = spread([weights, inputs])
     x, y = float(weights.mean()), float(inputs.mean())
