@@ -1,18 +1,18 @@
 """What averaging the tail does to the spread of delta over seeds, branched and from scratch.
 
-    python benchmarks/noise.py [--from-scratch] [--seeds 5] [--steps 24] [--to FILE]
+    python benchmarks/noise.py [--from-scratch] [--seeds 5] [--steps 24] [--to FILE] [--work DIR]
 
 Embedded checkpoint, every planned site at int4-g128; one training per arm and seed, judged on the
 averages over each share of its last steps at once. For every arm and share: delta, its standard
 deviation over seeds, the part of that which is left when the held-out text is as long as one likes
 (the interaction of seeds and sequences taken out), and how far delta is from that of the last
 weights. `bf16` is the standard deviation of the losses themselves: seeds that share no baseline.
+DIR keeps each training's losses, so that a stopped benchmark goes on.
 """
 
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def scattered(values: Floats) -> tuple[float, float]:
     return float(spread**0.5), float(max(0.0, spread - both / sequences) ** 0.5)
 
 
-def measure(checkpoint: Checkpoint, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(checkpoint: Checkpoint, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     rate = 1.5e-3 if options.from_scratch else 1e-4
     recipe = Recipe(steps=options.steps, batch_size=options.batch_size, seq_len=256, lr=rate)
     corpus, tokens = load_text(), recipe.steps * recipe.batch_size * recipe.seq_len
@@ -95,7 +95,10 @@ def measure(checkpoint: Checkpoint, options: argparse.Namespace) -> list[dict[st
             torch.manual_seed(seed)
             start = fresh_model(start.config)
         for arm, operands in ARMS.items():
-            losses[arm].append(train(start, operands, recipe, ids, heldout))
+            kept = options.work / f"{name}-{options.steps}-{arm}-{seed}.npy"
+            if not kept.is_file():
+                np.save(kept, train(start, operands, recipe, ids, heldout))
+            losses[arm].append(np.load(kept))
     found = {arm: np.stack(of_arm, axis=1) for arm, of_arm in losses.items()}
     rows = []
     for arm, values in found.items():
@@ -124,17 +127,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--to", type=Path, default=RESULT)
+    parser.add_argument("--work", type=Path, default=Path("noise-work"))
     options = parser.parse_args()
-    began = time.monotonic()
-    rows = measure(load_checkpoint(str(EMBEDDED), device="cpu"), options)
+    options.work.mkdir(parents=True, exist_ok=True)
+    name = "from_scratch" if options.from_scratch else "branched"
+    rows = measure(load_checkpoint(str(EMBEDDED), device="cpu"), name, options)
     print("  ".join(f"{key:>14.14}" for key in rows[0]))
     for row in rows:
         print("  ".join(f"{v:14.5f}" if isinstance(v, float) else f"{v:>14}" for v in row.values()))
-    print(f"{time.monotonic() - began:.0f} s")
     known = json.loads(options.to.read_text()) if options.to.is_file() else {}
-    name = "from_scratch" if options.from_scratch else "branched"
-    settings = {name: getattr(options, name) for name in ("seeds", "steps", "batch_size")}
-    known[name] = {**settings, "seq_len": 256, "rows": rows}
+    settings = {key: getattr(options, key) for key in ("seeds", "steps", "batch_size")}
+    known[name] = {**settings, "seq_len": 256, "heldout_tokens": HELDOUT_TOKENS, "rows": rows}
     options.to.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -253,7 +253,7 @@ def sentence(
 
 def _would_settle(needed: Mapping[str, int] | None, seeds: int) -> str:
     if needed is None:
-        return "; no number of seeds would settle it, train longer (--tokens)"
+        return "; no number of seeds on this text would settle it, train longer (--tokens)"
     return (
         f"; about {needed['seeds']} seeds on {needed['heldout_tokens']:,} held-out tokens "
         f"(--seeds {needed['seeds']} --eval-tokens {needed['heldout_tokens']}) would settle it"

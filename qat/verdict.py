@@ -60,7 +60,7 @@ MAX_BATCHES = 32
 """Of held-out text: more would be shorter, and neighbors more alike."""
 MAX_SEEDS = 100
 MAX_TEXT = 1024
-"""Times the held-out text; no more of it, nor more seeds than MAX_SEEDS, is ever suggested."""
+"""Times the held-out text; no more of it, nor more seeds than MAX_SEEDS, is suggested."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +228,19 @@ def decide(interval: Interval) -> Word:
 
 
 def needed(
-    inputs: Floats, weights: Floats, looks: Looks = ONCE, *, training: float = 1.0
+    inputs: Floats,
+    weights: Floats,
+    looks: Looks = ONCE,
+    *,
+    training: float = 1.0,
+    most_text: int = MAX_TEXT,
 ) -> Needed | None:
     """Return what would settle the verdict if the estimates and the spread stayed as they are.
 
     The cheapest of so many seeds, MAX_SEEDS at the most, on so many times the text, in powers of
-    two; `training` is the cost of training an arm, that of a pass over the present text being 1.
-    None where nothing within the limits settles it: the estimate lies on a bound of the tolerance.
+    two up to `most_text`; `training` is the cost of training an arm, that of a pass over the
+    present text being 1. None where nothing within the limits settles it: the estimate lies on a
+    bound of the tolerance.
     """
     known = spread([weights, inputs])
     x, y = float(weights.mean()), float(inputs.mean())
@@ -255,7 +261,7 @@ def needed(
 
     # With one seed nothing is known of the spread over seeds: more text is all that can be named.
     numbers = range(known.seeds, (max(MAX_SEEDS, known.seeds) if known.seeds > 1 else 1) + 1)
-    texts = [1 << power for power in range(MAX_TEXT.bit_length())]
+    texts = [1 << power for power in range(max(1, most_text).bit_length())]
     found = [Needed(fewest(text), text) for text in texts if settled(numbers[-1], text)]
     return min(found, key=cost, default=None)
 

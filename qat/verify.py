@@ -327,12 +327,15 @@ def _judge(
     needed = None
     if word == "undetermined" and not missing:
         top, bottom = RATIOS["after"]
+        # A token is a byte at least: there is no more text than that.
+        held = sum(span.end - span.start for span in corpus.splits["heldout"])
         needed = arithmetic.needed(
             paired[top],
             paired[bottom],
             looks,
             # Backward costs two passes.
             training=3 * job.train.numel() / job.heldout.numel(),
+            most_text=min(arithmetic.MAX_TEXT, held // job.heldout.numel()),
         )
     more = None
     if needed is not None:

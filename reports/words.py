@@ -414,5 +414,5 @@ def gloss(verdict: Mapping[str, Any] | None, tolerance: Sequence[float]) -> list
             f"--eval-tokens {needed['heldout_tokens']})."
         )
     elif verdict.get("verdict") == "undetermined" and not verdict.get("missing"):
-        lines.append("No number of seeds would settle it: train longer (--tokens).")
+        lines.append("No number of seeds on this text would settle it: train longer (--tokens).")
     return lines + [str(note) for note in verdict.get("notes") or ()]

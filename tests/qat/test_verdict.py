@@ -229,6 +229,7 @@ def test_needed_asks_for_text_where_seeds_do_not_help() -> None:
     found = needed(inputs, weights)
     assert found is not None
     assert found.text > 1
+    assert needed(inputs, weights, most_text=found.text - 1) is None
     one = needed(inputs[:1], weights[:1])
     assert one is not None
     assert one.seeds == 1

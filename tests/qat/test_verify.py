@@ -199,6 +199,14 @@ def test_until_settled_trains_all_seeds_where_nothing_settles(
     assert {seed for _, seed in losses(at.run)} == {0, 1, 2, 3}
 
 
+def test_the_tail_that_is_averaged_is_part_of_the_recipe(ready: Make) -> None:
+    at = ready(steps=2, seeds=1, arms=("bf16",), lr=1e-2)
+    last = verify_plan(at.run, at.options).arms[0].loss
+    assert verify_plan(at.run, replace(at.options, average_tail=1.0)).arms[0].loss != last
+    record = json.loads((at.run / "arms/bf16/seed-0/record.json").read_text())
+    assert record["config"]["recipe"]["average_tail"] == 1.0
+
+
 def test_less_confidence_is_narrower_and_trains_nothing(
     ready: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
