@@ -434,7 +434,7 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--ray",
     is_flag=False,
-    flag_value="start",
+    flag_value="local",
     metavar="[ADDRESS]",
     help="Train on a Ray cluster whose machines share the directory; without ADDRESS, on one that "
     "is started here.",

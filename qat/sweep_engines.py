@@ -24,7 +24,7 @@ Work = Callable[[Any, str], None]
 Report = Callable[[Any], None]
 
 REACH_S = 5.0
-START_RAY = "start"
+LOCAL_RAY = "local"
 """The address that stands for a cluster of this machine alone."""
 
 
@@ -64,14 +64,14 @@ def _ray(options: SweepOptions) -> Iterator[Engine]:
         raise BitplanError("--ray needs the package ray: pip install 'bitplan[ray]'") from None
     if options.gpus is not None:
         raise BitplanError("--ray uses every GPU of its cluster: it goes without --gpus")
-    address = None if options.ray == START_RAY else options.ray
-    local: dict[str, Any] = (
-        {} if address else {"num_cpus": options.workers or 1, "include_dashboard": False}
-    )
+    assert options.ray is not None
+    local: dict[str, Any] = {}
+    if options.ray == LOCAL_RAY:
+        local = {"num_cpus": options.workers or 1, "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        _reach(address)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        _reach(options.ray)
+        ray.init(address=options.ray, log_to_driver=False, logging_level="ERROR", **local)
     except (OSError, ValueError, RuntimeError) as error:
         raise BitplanError(
             f"--ray {options.ray}: no cluster there ({error}); start one with `ray start --head`"
@@ -94,9 +94,9 @@ def _ray(options: SweepOptions) -> Iterator[Engine]:
         ray.shutdown()
 
 
-def _reach(address: str | None) -> None:
+def _reach(address: str) -> None:
     """Raise OSError where nothing answers at HOST:PORT, over which Ray takes minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=REACH_S).close()
 

@@ -54,7 +54,7 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(
     killed: list[int] = []
 
     def kill() -> None:
-        """Kill the worker of a cell under way, once it has taken steps."""
+        """Kill the worker of a cell that is under way."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
             time.sleep(0.02)
@@ -93,7 +93,7 @@ def test_an_address_without_a_cluster_is_one_line(
 def test_gpus_are_the_clusters_to_give(grid: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs bitplan[ray]")
     with pytest.raises(BitplanError, match="goes without --gpus"):
-        run_sweep(grid(), tmp_path / "sweep", SweepOptions(ray="start", gpus=1))
+        run_sweep(grid(), tmp_path / "sweep", SweepOptions(ray="local", gpus=1))
 
 
 def test_without_ray_the_extra_is_named(
@@ -101,4 +101,4 @@ def test_without_ray_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(BitplanError, match=r"pip install 'bitplan\[ray\]'"):
-        run_sweep(grid(), tmp_path / "sweep", SweepOptions(ray="start"))
+        run_sweep(grid(), tmp_path / "sweep", SweepOptions(ray="local"))
