@@ -27,7 +27,7 @@ RUNS = "runs"
 
 
 def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.DataFrame, int]:
-    """Return tables.TRAININGS of all paths, and how many arms were left out.
+    """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
     Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
     DataError for trainings on different text or tokens, which `force` pools all the same.
@@ -35,10 +35,10 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
     frames, left_out = [], 0
     for path in paths:
         if (path / SWEEP.file).is_file() or (path / RUNS).is_dir():
-            frame = read_sweep(path).select(*TRAININGS.schema)
+            frame = read_sweep(path)
         elif path.is_dir():
             rows, skipped = _of_run(RunDir.open(path))
-            frame, left_out = TRAININGS.frame(rows), left_out + skipped
+            frame, left_out = SWEEP.frame(rows), left_out + skipped
         else:
             frame = _of_file(path)
         frames.append(frame)
@@ -54,16 +54,16 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
     return table, left_out
 
 
-def _of_file(path: Path, spec: Table = TRAININGS) -> pl.DataFrame:
+def _of_file(path: Path) -> pl.DataFrame:
     try:
         found = pl.read_parquet(path)
-        if "schedule" not in found.columns:
-            found = found.with_columns(schedule=pl.lit(None, pl.String))
-        return spec.frame(found.select(*spec.schema).iter_rows(named=True))
+        known = [name for name in SWEEP.schema if name in found.columns]
+        needed = [name for name in TRAININGS.schema if name != "schedule"]
+        return SWEEP.frame(found.select(*known, *set(needed) - set(known)).iter_rows(named=True))
     except (pl.exceptions.PolarsError, OSError, TypeError) as error:
         raise RunError(
             f"{path} is neither a run directory nor Parquet with the columns "
-            f"{', '.join(spec.schema)}: {error}"
+            f"{', '.join(TRAININGS.schema)}: {error}"
         ) from error
 
 
@@ -134,7 +134,7 @@ def read_sweep(path: Path) -> pl.DataFrame:
         rows += _of_run(RunDir.open(manifest.parent))[0]
     table = SWEEP.frame(rows)
     if (path / SWEEP.file).is_file():
-        table = pl.concat([table, _of_file(path / SWEEP.file, SWEEP)])
+        table = pl.concat([table, _of_file(path / SWEEP.file)])
     table = table.unique("config_hash", keep="first", maintain_order=True)
     return table.sort("params", "tokens", "precision", "group_size", "seed", maintain_order=True)
 
