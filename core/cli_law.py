@@ -1,6 +1,7 @@
 """`bitplan law`: forecasts from the scaling law, and its constants from trainings."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +17,7 @@ def law() -> None:
     bitplan law crossover --chart crossover.html
     bitplan law budget --flops 1e21
     bitplan law fit RUN... -o law.json
+    bitplan law design RUN...
     """
 
 
@@ -25,6 +27,20 @@ _law = click.option(
     type=PATH,
     metavar="FILE",
     help="A law that `law fit` wrote.  [default: the paper's]",
+)
+
+_gpu = click.option(
+    "--gpu",
+    default="H100",
+    show_default=True,
+    help="QAT computes in bf16: its rate there.",
+)
+_utilization = click.option(
+    "--utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of that rate that a training reaches.",
 )
 
 
@@ -88,19 +104,8 @@ def crossover(
 @law.command()
 @click.option("--flops", type=float, help="Floating-point operations of the training, 6 N D.")
 @click.option("--gpu-hours", type=float, help="The same as hours of a GPU.")
-@click.option(
-    "--gpu",
-    default="H100",
-    show_default=True,
-    help="QAT computes in bf16: its rate there.",
-)
-@click.option(
-    "--utilization",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.4,
-    show_default=True,
-    help="Share of that rate that a training reaches.",
-)
+@_gpu
+@_utilization
 @click.option("--bytes", "size_bytes", type=float, help="Bytes of the weights that are served.")
 @click.option("--weight-bits", type=float, help="The same as bits of all weights.")
 @click.option("--params", type=float, help="N, under compute.  [default: the best for each]")
@@ -167,3 +172,37 @@ def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool)
     from bitplan.qat.law_result import fit_law
 
     show(fit_law(runs, output, force=force), as_json)
+
+
+@law.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("--precision", help="w4a4, w4a16, ...  [default: the first that RUN has]")
+@click.option(
+    "--exponent",
+    default="all",
+    show_default=True,
+    help="gamma_n, gamma_d or gamma_g: whose interval to narrow.",
+)
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Trainings.")
+@click.option("--params", type=float, multiple=True, help="N to choose from; may be repeated.")
+@click.option("--tokens", type=float, multiple=True, help="D to choose from; may be repeated.")
+@click.option("--group-size", "groups", type=float, multiple=True, help="G to choose from.")
+@_gpu
+@_utilization
+@click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
+@json_flag
+def design(
+    runs: tuple[Path, ...], gpu: str, utilization: float, as_json: bool, **options: Any
+) -> None:
+    """Say which further trainings would narrow the law's intervals most per hour.
+
+    RUN is as for `law fit`. Hours follow from the tokens per second on record, where there are any,
+    else from the GPU's rate. It also says how few of the trainings at hand would have done.
+
+    Example: bitplan law design sweep --exponent gamma_d
+    """
+    from bitplan.planner.devices import find_device
+    from bitplan.qat.law_design import design_law
+
+    rate = find_device(gpu).rates_tops["bf16"] * 1e12 * utilization
+    show(design_law(runs, flops_per_second=rate, **options), as_json)

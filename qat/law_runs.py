@@ -19,7 +19,7 @@ from bitplan.law import FC2_AT_8
 from bitplan.qat.record import RECORD_FILE, STATS_FILE, heldout_losses
 from bitplan.rundir import MANIFEST, RunDir, read_json
 from bitplan.sites import PLANNED_ROLES
-from bitplan.tables import SWEEP, TRAININGS, Table
+from bitplan.tables import SWEEP, TRAININGS
 
 BASELINE = "bf16"
 RUNS = "runs"

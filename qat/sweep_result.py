@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bitplan.qat.sweep_progress import duration
+from bitplan.qat.rates import duration
 
 
 @dataclass(frozen=True, kw_only=True)

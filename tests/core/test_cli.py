@@ -19,6 +19,7 @@ COMMANDS = (
     "law predict",
     "law crossover",
     "law budget",
+    "law design",
     "law fit",
     "sweep",
 )
@@ -39,6 +40,8 @@ OPTIONS = {
     "law crossover": "--params --group-size --chart --law --json",
     "law budget": "--flops --gpu-hours --gpu --utilization --bytes --weight-bits --params --tokens "
     "--group-size --law --json",
+    "law design": "--precision --exponent --steps --params --tokens --group-size --gpu "
+    "--utilization --force --json",
     "sweep": "-o --output --device --gpus --workers --ray --dry-run --json",
     "law fit": "-o --output --force --json",
 }
