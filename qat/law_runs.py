@@ -30,7 +30,8 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
     """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
     Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
-    DataError for trainings on different text or tokens, which `force` pools all the same.
+    DataError for trainings on different text or tokens, or of one cell under several recipes, which
+    `force` pools all the same.
     """
     frames, left_out = [], 0
     for path in paths:
@@ -51,7 +52,22 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
                 f"the trainings are on different {column}s ({found}), whose losses do not compare: "
                 "fit them apart, or pool them with --force"
             )
+    if not force:
+        _refuse_twice(table)
     return table, left_out
+
+
+def _refuse_twice(table: pl.DataFrame) -> None:
+    """Raise DataError where two trainings are of the same cell and seed."""
+    cell = ["params", "tokens", "precision", "group_size", "seed", "arm"]
+    twice = table.group_by(cell, maintain_order=True).len().filter(pl.col("len") > 1)
+    if not twice.is_empty():
+        row = twice.row(0, named=True)
+        raise DataError(
+            f"{twice.height} trainings are there twice, under different recipes (the first: "
+            f"{row['precision']}, N {row['params']:,}, D {row['tokens']:,}, seed {row['seed']}): "
+            "fit them apart, or pool them with --force"
+        )
 
 
 def _of_file(path: Path) -> pl.DataFrame:
@@ -135,7 +151,7 @@ def read_sweep(path: Path) -> pl.DataFrame:
     table = SWEEP.frame(rows)
     if (path / SWEEP.file).is_file():
         table = pl.concat([table, _of_file(path / SWEEP.file)])
-    table = table.unique("config_hash", keep="first", maintain_order=True)
+    table = table.unique(["run", "arm", "seed"], keep="first", maintain_order=True)
     return table.sort("params", "tokens", "precision", "group_size", "seed", maintain_order=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitplan.cli import EXIT_BAD_INPUT, EXIT_NO, main
-from bitplan.errors import BitplanError
+from bitplan.errors import BitplanError, DataError
 from bitplan.options import SweepOptions
 from bitplan.qat.law_runs import read_sweep, read_trainings
 from bitplan.qat.sweep import run_sweep
@@ -202,3 +202,13 @@ def test_parts_are_one_grid(grid: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(BitplanError, match="different schedules"):
         read_trainings([out])
     assert read_trainings([out], force=True)[0]["schedule"].to_list().count("wsd") == 2
+
+
+def test_one_cell_under_two_recipes_is_not_pooled(
+    grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    run_sweep(grid(extra="[[parts]]\n[[parts]]\nrecipe = {lr = 1e-3}\n"), out, CPU)
+    with pytest.raises(DataError, match=r"2 trainings are there twice.*bf16"):
+        read_trainings([out])
+    assert read_trainings([out], force=True)[0].height == 4
