@@ -5,6 +5,7 @@
         config.json                        the model
         arms/w4a4-g128/seed-0/             a cell, with the files of any arm (record.py)
     SWEEP/sweep.parquet                    all cells that are finished (tables.SWEEP)
+    SWEEP/ratios.parquet                   R of each (N, D, G) (sweep_ratios.py)
 
 The grid says what is trained (sweep_grid.py), sweep_work.py trains one cell, and an engine
 (sweep_engines.py) hands cells to processes, the longest first. A cell whose configuration has a
@@ -35,12 +36,13 @@ from bitplan.qat.start import Start
 from bitplan.qat.sweep_engines import open_engine
 from bitplan.qat.sweep_grid import PRECISIONS, Cell, Grid, Shape, read_grid
 from bitplan.qat.sweep_progress import Progress
+from bitplan.qat.sweep_ratios import read_ratios
 from bitplan.qat.sweep_result import Run, Sweep
 from bitplan.qat.sweep_tokens import Tokens, read_tokens, tokenize_once
 from bitplan.qat.sweep_work import Task, work
 from bitplan.rundir import RunDir, content_hash
 from bitplan.sites import OPERANDS, PLANNED_ROLES, Linear, Site
-from bitplan.tables import SWEEP
+from bitplan.tables import RATIOS, SWEEP
 
 STAGE = "sweep"
 TOKENS = "tokens"
@@ -84,8 +86,10 @@ def run_sweep(grid_file: Path, output: Path, options: SweepOptions) -> Sweep:
         if left:
             engine.run(left, work, progress.done)
         failed = {f"{t.run.name}/{t.arm}/seed-{t.seed}": why for t in left if (why := t.failure())}
-        directory.write_table(SWEEP.file, read_sweep(directory.path))
-        directory.finish(STAGE, {"grid": str(grid_file)}, [SWEEP.file])
+        table = read_sweep(directory.path)
+        directory.write_table(SWEEP.file, table)
+        directory.write_table(RATIOS.file, read_ratios(directory.path, table))
+        directory.finish(STAGE, {"grid": str(grid_file)}, [SWEEP.file, RATIOS.file])
     return replace(found, failed=failed)
 
 

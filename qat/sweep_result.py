@@ -80,5 +80,8 @@ class Sweep:
             f"there already, {len(self.failed)} failed"
         )
         lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
-        lines += [f"wrote {self.path}/sweep.parquet", f"next: bitplan law fit {self.path}"]
+        lines += [
+            f"wrote {self.path}/sweep.parquet, ratios.parquet",
+            f"next: bitplan law fit {self.path}",
+        ]
         return "\n".join(lines)

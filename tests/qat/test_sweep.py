@@ -16,8 +16,10 @@ from bitplan.errors import BitplanError, DataError
 from bitplan.options import SweepOptions
 from bitplan.qat.law_runs import read_sweep, read_trainings
 from bitplan.qat.sweep import run_sweep
+from bitplan.qat.sweep_ratios import read_ratios
 from bitplan.qat.sweep_tokens import Tokens
-from bitplan.tables import SWEEP
+from bitplan.qat.verdict import Interval, decide
+from bitplan.tables import RATIOS, SWEEP
 
 GRID = """
 tokens = [256]
@@ -106,6 +108,35 @@ def test_delta_and_its_error_are_those_of_the_heldout_sequences(
     assert row["group_size"] == 16
 
 
+def test_r_is_that_of_the_heldout_losses(grid: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    precisions = '"w4a16", "w16a4", "w16a4-fc2-8"]\nseeds = 2'
+    run_sweep(grid(('"w4a4"]', precisions), ("[16]", '[16, "row"]')), out, CPU)
+    (run,) = (out / "runs").iterdir()
+
+    def gap(arm: str) -> float:
+        means = [
+            pl.read_parquet(path)["loss"].mean()
+            for name in (arm, "bf16")
+            for path in sorted(run.glob(f"arms/{name}/*/heldout.parquet"))
+        ]
+        assert len(means) == 4
+        return means[0] + means[1] - means[2] - means[3]  # type: ignore[operator]
+
+    found = pl.read_parquet(out / RATIOS.file)
+    assert found.height == 4
+    assert found["seeds"].to_list() == [2] * 4
+    for row in found.iter_rows(named=True):
+        group = "g16" if row["group_size"] == 16 else "row"
+        inputs = "w16a4-fc2-8" if row["fc2_at_8"] else "w16a4"
+        expected = gap(f"{inputs}-{group}") / gap(f"w4a16-{group}")
+        assert row["R"] == pytest.approx(expected)
+        assert row["verdict"] == decide(Interval(row["R"], row["low"], row["high"]))
+    shutil.rmtree(out / "runs")
+    assert read_ratios(out, read_sweep(out)).equals(found)
+
+
+@pytest.mark.slow
 def test_side_by_side_gives_the_same_losses(grid: Callable[..., Path], tmp_path: Path) -> None:
     path = grid(("eval_tokens", "seeds = 2\neval_tokens"))
     run_sweep(path, tmp_path / "one", CPU)
