@@ -195,8 +195,8 @@ def _group_size(formats: Mapping[str, Format], shapes: pl.DataFrame) -> int | No
         .fill_null(pl.col("in_features")),
         weight=pl.col("in_features") * pl.col("out_features"),
     )
-    mean = float(np.average(np.log2(found["size"].to_numpy()), weights=found["weight"].to_numpy()))
-    return round(2**mean)
+    logs = np.average(np.log2(found["size"].to_numpy()), weights=found["weight"].to_numpy())
+    return round(2 ** float(logs))
 
 
 def deltas(trainings: pl.DataFrame) -> pl.DataFrame:
