@@ -136,11 +136,10 @@ def _tokens(grid: Grid, place: Path) -> Tokens:
         tokens = tokenize_once(
             place, grid.data, tokenizer, eval_tokens=grid.eval_tokens, seq_len=grid.seq_len
         )
-    longest = max(cell.tokens for cell in grid.cells)
     there = tokens.train_tokens // grid.seq_len * grid.seq_len
-    if longest > there and not (grid.repeat and there):
+    if grid.longest > there and not (grid.repeat and there):
         raise DataError(
-            f"the grid trains on up to {longest:,} tokens, and the training part of "
+            f"the grid trains on up to {grid.longest:,} tokens, and the training part of "
             f"{tokens.source} has {there:,}: give more text, or repeat = true"
         )
     return tokens

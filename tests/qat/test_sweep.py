@@ -195,7 +195,7 @@ def test_tokens_of_another_sweep_serve(grid: Callable[..., Path], tmp_path: Path
         (("layers = 1\n", ""), "a model lacks layers"),
         (("lr = 2e-3", "lr = 0"), "above 0"),
         (("seq_len = 32", ""), "recipe lacks seq_len"),
-        (("lr = 2e-3", 'lr = 2e-3\nschedule = "steps"'), "schedule 'steps'"),
+        (("lr = 2e-3", 'lr = 2e-3\nschedule = "steps"'), "'steps': it takes cosine, wsd"),
         (("tokens = [256]", "tokens = []"), "tokens is"),
         (("heads = 1", "heads = 3"), "multiple of the next"),
         (("tokens = [256]", "tokens = ["), "cannot be read"),
