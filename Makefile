@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 EXPORTS := .venv-exports
 SOURCES := $(sort $(wildcard core/*.py probe/*.py probe/*.c* planner/*.py qat/*.py reports/* core/embedded/*))
 
-.PHONY: help setup demo demo-smollm2 test test-exports llama-quantize check fix docs wheel clean
+.PHONY: help setup demo demo-smollm2 test test-exports test-ray llama-quantize check fix docs wheel clean
 
 help:
 	@echo "make demo          set up, then profile, plan, verify and report on the embedded checkpoint"
 	@echo "make test          set up, then check style, types, docs and run the tests"
 	@echo "make test-exports  load exported plans in the libraries they are for, installed beside .venv"
+	@echo "make test-ray      a sweep on a local Ray cluster, installed into .venv for it"
 	@echo "make llama-quantize  build llama.cpp's tool for that, from source (needs cmake, ten minutes)"
 	@echo "make demo-smollm2  the same flow on SmolLM2-135M (profile and plan; verify wants a GPU)"
 	@echo "make setup         make .venv ready"
@@ -52,6 +53,10 @@ test: setup check
 
 test-exports: setup
 	$(BIN)/python tests/exports/run.py
+
+test-ray: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray==2.60.0'
+	$(BIN)/python -m pytest tests/qat/test_sweep_ray.py
 
 llama-quantize: $(EXPORTS)/llama-quantize
 

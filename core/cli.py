@@ -452,6 +452,14 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
     type=click.IntRange(1),
     help="Trainings side by side on each device.  [default: 1]",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Train on a Ray cluster whose machines share the directory; without ADDRESS, on one that "
+    "is started here.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what there is to train, and train nothing.")
 @json_flag
 def sweep(grid: Path, output: Path, as_json: bool, **options: Any) -> None:

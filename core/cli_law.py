@@ -1,6 +1,7 @@
 """`bitplan law`: forecasts from the scaling law, and its constants from trainings."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,8 +14,10 @@ def law() -> None:
 
     \b
     bitplan law predict --params 594.5e6 --tokens 100e9
-    bitplan law crossover
+    bitplan law crossover --chart crossover.html
+    bitplan law budget --flops 1e21
     bitplan law fit RUN... -o law.json
+    bitplan law design RUN...
     """
 
 
@@ -24,6 +27,20 @@ _law = click.option(
     type=PATH,
     metavar="FILE",
     help="A law that `law fit` wrote.  [default: the paper's]",
+)
+
+_gpu = click.option(
+    "--gpu",
+    default="H100",
+    show_default=True,
+    help="QAT computes in bf16: its rate there.",
+)
+_utilization = click.option(
+    "--utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of that rate that a training reaches.",
 )
 
 
@@ -55,10 +72,15 @@ def predict(
 @law.command()
 @click.option("--params", type=float, multiple=True, help="Parameters; may be repeated.")
 @click.option("--group-size", "groups", type=float, multiple=True, help="May be repeated.")
+@click.option("--chart", type=PATH, metavar="FILE.html", help="Draw it as well, in one file.")
 @_law
 @json_flag
 def crossover(
-    params: tuple[float, ...], groups: tuple[float, ...], law_file: Path | None, as_json: bool
+    params: tuple[float, ...],
+    groups: tuple[float, ...],
+    chart: Path | None,
+    law_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Tell the training tokens at which the weights come to cost more than the inputs.
 
@@ -72,6 +94,65 @@ def crossover(
         groups or forecast.CROSSOVER_GROUPS,
         read_laws(law_file),
     )
+    if chart is not None:
+        from bitplan.reports.law_page import write_crossover
+
+        write_crossover(found, chart)
+    show(found, as_json)
+
+
+@law.command()
+@click.option("--flops", type=float, help="Floating-point operations of the training, 6 N D.")
+@click.option("--gpu-hours", type=float, help="The same as hours of a GPU.")
+@_gpu
+@_utilization
+@click.option("--bytes", "size_bytes", type=float, help="Bytes of the weights that are served.")
+@click.option("--weight-bits", type=float, help="The same as bits of all weights.")
+@click.option("--params", type=float, help="N, under compute.  [default: the best for each]")
+@click.option("--tokens", type=float, help="Training tokens, for a serving budget.")
+@click.option("--group-size", type=float, default=128, show_default=True, help="Elements a scale.")
+@_law
+@json_flag
+def budget(
+    flops: float | None,
+    gpu_hours: float | None,
+    gpu: str,
+    utilization: float,
+    size_bytes: float | None,
+    weight_bits: float | None,
+    params: float | None,
+    tokens: float | None,
+    group_size: float,
+    law_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare 4 bits, FC2 inputs at 8 bits and 8 bits for one budget, of compute or of bytes.
+
+    Give one of --flops, --gpu-hours, --bytes and --weight-bits; the last two with --tokens.
+
+    Example: bitplan law budget --bytes 4e9 --tokens 100e9
+    """
+    from bitplan import budget as arithmetic
+    from bitplan.law import read_laws
+    from bitplan.planner.devices import find_device
+
+    given = [v for v in (flops, gpu_hours, size_bytes, weight_bits) if v is not None]
+    if len(given) != 1:
+        raise click.UsageError("give one of --flops, --gpu-hours, --bytes and --weight-bits")
+    laws = read_laws(law_file)
+    if flops is not None or gpu_hours is not None:
+        if tokens is not None:
+            raise click.UsageError("--tokens is for --bytes: compute gives D by itself")
+        if gpu_hours is not None:
+            flops = gpu_hours * 3600 * find_device(gpu).rates_tops["bf16"] * 1e12 * utilization
+        assert flops is not None
+        found = arithmetic.for_compute(flops, group_size, params=params, laws=laws)
+    else:
+        if tokens is None or params is not None:
+            raise click.UsageError("--bytes and --weight-bits go with --tokens, without --params")
+        size = size_bytes if weight_bits is None else weight_bits / 8
+        assert size is not None
+        found = arithmetic.for_serving(size, tokens, group_size, laws=laws)
     show(found, as_json)
 
 
@@ -91,3 +172,37 @@ def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool)
     from bitplan.qat.law_result import fit_law
 
     show(fit_law(runs, output, force=force), as_json)
+
+
+@law.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("--precision", help="w4a4, w4a16, ...  [default: the first that RUN has]")
+@click.option(
+    "--exponent",
+    default="all",
+    show_default=True,
+    help="gamma_n, gamma_d or gamma_g: whose interval to narrow.",
+)
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Trainings.")
+@click.option("--params", type=float, multiple=True, help="N to choose from; may be repeated.")
+@click.option("--tokens", type=float, multiple=True, help="D to choose from; may be repeated.")
+@click.option("--group-size", "groups", type=float, multiple=True, help="G to choose from.")
+@_gpu
+@_utilization
+@click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
+@json_flag
+def design(
+    runs: tuple[Path, ...], gpu: str, utilization: float, as_json: bool, **options: Any
+) -> None:
+    """Say which further trainings would narrow the law's intervals most per hour.
+
+    RUN is as for `law fit`. Hours follow from the tokens per second on record, where there are any,
+    else from the GPU's rate. It also says how few of the trainings at hand would have done.
+
+    Example: bitplan law design sweep --exponent gamma_d
+    """
+    from bitplan.planner.devices import find_device
+    from bitplan.qat.law_design import design_law
+
+    rate = find_device(gpu).rates_tops["bf16"] * 1e12 * utilization
+    show(design_law(runs, flops_per_second=rate, **options), as_json)

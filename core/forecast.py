@@ -139,6 +139,12 @@ def crossover(
                 f"the law of {laws.source} has no rows for w4a16 and w16a4"
                 f"{FC2_AT_8 * fc2_at_8}: crossover needs both"
             )
+    slopes = [laws.laws[name].gamma_d for name in ("w4a16", "w16a4", "w16a4" + FC2_AT_8)]
+    if slopes[0] <= max(slopes[1:]):
+        raise BitplanError(
+            f"by the law of {laws.source} the weights' cost does not grow faster with tokens than "
+            "the inputs': there is no number of tokens from which on it is the larger"
+        )
     rows = []
     for n in params:
         for g in group_sizes:

@@ -145,6 +145,8 @@ class SweepOptions:
     """GPUs to train on."""
     workers: int | None = None
     """Trainings side by side on each device; None: one."""
+    ray: str | None = None
+    """Address of a Ray cluster to train on, or `local` for one of this machine."""
     dry_run: bool = False
     """Say what there is to train, and train nothing."""
 

@@ -331,6 +331,22 @@ SWEEP = Table(
     ),
 )
 
+RATIOS = Table(
+    "ratios.parquet",
+    "an (N, D, G) of a sweep, with or without 8 bits at the inputs of FC2",
+    (
+        *(c for c in TRAININGS.columns if c.name in ("params", "tokens", "group_size")),
+        _c("schedule", pl.String, "", "how the learning rate fell, cosine or wsd"),
+        _c("fc2_at_8", pl.Boolean, "", "whether the inputs of FC2 have 8 bits"),
+        _c("R", pl.Float64, "", "delta of the inputs over delta of the weights"),
+        _c("low", pl.Float64, "", "lower bound of its interval; null where it has none"),
+        _c("high", pl.Float64, "", "upper bound of its interval"),
+        _c("verdict", pl.String, "", "as in verdict.json"),
+        _c("seeds", pl.Int64, "", "seeds behind it"),
+        _c("run", pl.String, "", "name of the run directory"),
+    ),
+)
+
 TABLES = (
     PROFILE,
     ERRORS,
@@ -343,4 +359,5 @@ TABLES = (
     TRAINED,
     TRAININGS,
     SWEEP,
+    RATIOS,
 )

@@ -63,13 +63,22 @@ DEVICES = {
 }
 
 
+def find_device(name: str) -> Device:
+    """Return the device of a name; raise PlanError, with those there are, for another."""
+    device = DEVICES.get(name.strip().lower().replace(" ", ""))
+    if device is None:
+        known = ", ".join(device.name for device in DEVICES.values())
+        raise PlanError(f"no rates of a device {name!r}: there are those of {known}")
+    return device
+
+
 def parse_time(text: str) -> tuple[Device, float]:
     """Return the device and the milliseconds of DEVICE=MS; raise PlanError for anything else."""
     name, _, value = text.rpartition("=")
-    device = DEVICES.get(name.strip().lower().replace(" ", ""))
-    known = ", ".join(device.name for device in DEVICES.values())
-    if device is None:
-        raise PlanError(f"--time {text!r}: write DEVICE=MS with a device of {known}")
+    try:
+        device = find_device(name)
+    except PlanError as error:
+        raise PlanError(f"--time {text!r}: write DEVICE=MS; {error}") from None
     try:
         limit_ms = float(value)
     except ValueError:

@@ -5,15 +5,17 @@ its parameters; the law's own (arXiv 2505.14302) is
 
     delta = k D^gamma_D (log2 G)^gamma_G / N^gamma_N
 
-and beside it stand what leaves out D or G, G to a power, and a sum in the place of the product. The
-fit minimizes Huber's loss of (delta - predicted) / scale over several starts, where a cell's scale
-is 5 % of its delta and its noise in quadrature: nearly a fit of log delta where deltas are far from
+and beside it stand what leaves out D or G, N alone (the older form, in which a precision is worth a
+fixed share of the parameters), G to a power, and a sum in the place of the product. The fit
+minimizes Huber's loss of (delta - predicted) / scale over several starts, where a cell's scale is
+5 % of its delta and its noise in quadrature: nearly a fit of log delta where deltas are far from
 the noise, and one that keeps deltas below zero with their noise where they are not. The noise of a
 cell is the standard deviation over seeds, pooled over the cells that have several.
 
-Intervals are of a bootstrap over cells and, within each, over seeds. What the data cannot carry is
-refused with what is missing: a variable of a single value, fewer cells than parameters ask for, or
-deltas of which most are not above twice their noise.
+Intervals are of a bootstrap over (N, D), whose cells share their bf16 and so its noise, and within
+each over seeds, the same for all its cells. What the data cannot carry is refused with what is
+missing: a variable of a single value, fewer cells than parameters ask for, or deltas of which most
+are not above twice their noise.
 """
 
 from collections.abc import Callable, Mapping
@@ -98,6 +100,7 @@ FORMS = (
         "without D", ("k", "gamma_n", "gamma_g"), ("params", "group_size"), _product("N", "log2 G")
     ),
     Form("without G", ("k", "gamma_n", "gamma_d"), ("params", "tokens"), _product("N", "D")),
+    Form("k / N^n", ("k", "gamma_n"), ("params",), _product("N")),
     Form(
         "k D^d G^g / N^n",
         ("k", "gamma_n", "gamma_d", "gamma_g"),
@@ -339,8 +342,15 @@ def _constants(form: Form, theta: Floats, means: Mapping[str, float]) -> dict[st
 
 
 def _resample(cells: Cells, rng: np.random.Generator) -> Cells:
-    """Draw cells with replacement, and within each its seeds."""
-    index = rng.integers(len(cells.delta), size=len(cells.delta))
-    drawn = cells.take(index)
-    delta = np.array([rng.choice(s, size=len(s)).mean() for s in drawn.seeds])
-    return replace(drawn, delta=delta)
+    """Draw pairs (N, D) with replacement, each with all its cells, and within each its seeds."""
+    pairs = np.stack([cells.params, cells.tokens], axis=1)
+    _, of = np.unique(pairs, axis=0, return_inverse=True)
+    count, most = int(of.max()) + 1, max(map(len, cells.seeds))
+    index, delta = [], []
+    for pair in rng.integers(count, size=count):
+        share = rng.random(most)
+        for i in np.flatnonzero(of.ravel() == pair):
+            seeds = cells.seeds[i]
+            index.append(i)
+            delta.append(seeds[(share[: len(seeds)] * len(seeds)).astype(int)].mean())
+    return replace(cells.take(np.array(index)), delta=np.array(delta))

@@ -19,7 +19,7 @@ from bitplan.law import FC2_AT_8
 from bitplan.qat.record import RECORD_FILE, STATS_FILE, heldout_losses
 from bitplan.rundir import MANIFEST, RunDir, read_json
 from bitplan.sites import PLANNED_ROLES
-from bitplan.tables import SWEEP, TRAININGS, Table
+from bitplan.tables import SWEEP, TRAININGS
 
 BASELINE = "bf16"
 RUNS = "runs"
@@ -27,18 +27,19 @@ RUNS = "runs"
 
 
 def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.DataFrame, int]:
-    """Return tables.TRAININGS of all paths, and how many arms were left out.
+    """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
     Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
-    DataError for trainings on different text or tokens, which `force` pools all the same.
+    DataError for trainings on different text or tokens, or of one cell under several recipes, which
+    `force` pools all the same.
     """
     frames, left_out = [], 0
     for path in paths:
         if (path / SWEEP.file).is_file() or (path / RUNS).is_dir():
-            frame = read_sweep(path).select(*TRAININGS.schema)
+            frame = read_sweep(path)
         elif path.is_dir():
             rows, skipped = _of_run(RunDir.open(path))
-            frame, left_out = TRAININGS.frame(rows), left_out + skipped
+            frame, left_out = SWEEP.frame(rows), left_out + skipped
         else:
             frame = _of_file(path)
         frames.append(frame)
@@ -51,19 +52,34 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
                 f"the trainings are on different {column}s ({found}), whose losses do not compare: "
                 "fit them apart, or pool them with --force"
             )
+    if not force:
+        _refuse_twice(table)
     return table, left_out
 
 
-def _of_file(path: Path, spec: Table = TRAININGS) -> pl.DataFrame:
+def _refuse_twice(table: pl.DataFrame) -> None:
+    """Raise DataError where two trainings are of the same cell and seed."""
+    cell = ["params", "tokens", "precision", "group_size", "seed", "arm"]
+    twice = table.group_by(cell, maintain_order=True).len().filter(pl.col("len") > 1)
+    if not twice.is_empty():
+        row = twice.row(0, named=True)
+        raise DataError(
+            f"{twice.height} trainings are there twice, under different recipes (the first: "
+            f"{row['precision']}, N {row['params']:,}, D {row['tokens']:,}, seed {row['seed']}): "
+            "fit them apart, or pool them with --force"
+        )
+
+
+def _of_file(path: Path) -> pl.DataFrame:
     try:
         found = pl.read_parquet(path)
-        if "schedule" not in found.columns:
-            found = found.with_columns(schedule=pl.lit(None, pl.String))
-        return spec.frame(found.select(*spec.schema).iter_rows(named=True))
+        known = [name for name in SWEEP.schema if name in found.columns]
+        needed = [name for name in TRAININGS.schema if name != "schedule"]
+        return SWEEP.frame(found.select(*known, *set(needed) - set(known)).iter_rows(named=True))
     except (pl.exceptions.PolarsError, OSError, TypeError) as error:
         raise RunError(
             f"{path} is neither a run directory nor Parquet with the columns "
-            f"{', '.join(spec.schema)}: {error}"
+            f"{', '.join(TRAININGS.schema)}: {error}"
         ) from error
 
 
@@ -134,8 +150,8 @@ def read_sweep(path: Path) -> pl.DataFrame:
         rows += _of_run(RunDir.open(manifest.parent))[0]
     table = SWEEP.frame(rows)
     if (path / SWEEP.file).is_file():
-        table = pl.concat([table, _of_file(path / SWEEP.file, SWEEP)])
-    table = table.unique("config_hash", keep="first", maintain_order=True)
+        table = pl.concat([table, _of_file(path / SWEEP.file)])
+    table = table.unique(["run", "arm", "seed"], keep="first", maintain_order=True)
     return table.sort("params", "tokens", "precision", "group_size", "seed", maintain_order=True)
 
 

@@ -5,11 +5,12 @@
         config.json                        the model
         arms/w4a4-g128/seed-0/             a cell, with the files of any arm (record.py)
     SWEEP/sweep.parquet                    all cells that are finished (tables.SWEEP)
+    SWEEP/ratios.parquet                   R of each (N, D, G) (sweep_ratios.py)
 
-The grid says what is trained (sweep_grid.py), sweep_work.py trains one cell, and the pool hands
-cells to processes, the longest first. A cell whose configuration has a record, or a row of
-sweep.parquet, is never trained again, so a killed sweep goes on, a grid may grow, and a sweep may
-begin on one machine from the table alone and end on another.
+The grid says what is trained (sweep_grid.py), sweep_work.py trains one cell, and an engine
+(sweep_engines.py) hands cells to processes, the longest first. A cell whose configuration has a
+record, or a row of sweep.parquet, is never trained again, so a killed sweep goes on, a grid may
+grow, and a sweep may begin on one machine and end, from the table alone, on another.
 """
 
 import json
@@ -24,24 +25,24 @@ import torch
 from bitplan.demo import EMBEDDED
 from bitplan.errors import BitplanError, CheckpointError, DataError
 from bitplan.formats import Format
-from bitplan.options import SweepOptions, VerifyOptions
+from bitplan.options import SweepOptions
 from bitplan.planner.quantizers import ABSMAX, default_quantizer
-from bitplan.probe.checkpoint import num_non_embedding_parameters, resolve_device
+from bitplan.probe.checkpoint import num_non_embedding_parameters
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.loading import fresh_model, is_causal, quiet, read_config, read_tokenizer
 from bitplan.probe.modules import find_linears
-from bitplan.qat.devices import training_devices
 from bitplan.qat.law_runs import RUNS, read_sweep
-from bitplan.qat.pool import run_tasks
 from bitplan.qat.start import Start
+from bitplan.qat.sweep_engines import open_engine
 from bitplan.qat.sweep_grid import PRECISIONS, Cell, Grid, Shape, read_grid
 from bitplan.qat.sweep_progress import Progress
+from bitplan.qat.sweep_ratios import read_ratios
 from bitplan.qat.sweep_result import Run, Sweep
 from bitplan.qat.sweep_tokens import Tokens, read_tokens, tokenize_once
 from bitplan.qat.sweep_work import Task, work
 from bitplan.rundir import RunDir, content_hash
 from bitplan.sites import OPERANDS, PLANNED_ROLES, Linear, Site
-from bitplan.tables import SWEEP
+from bitplan.tables import RATIOS, SWEEP
 
 STAGE = "sweep"
 TOKENS = "tokens"
@@ -55,10 +56,8 @@ def run_sweep(grid_file: Path, output: Path, options: SweepOptions) -> Sweep:
     fails is in the result.
     """
     grid = read_grid(grid_file)
-    device = resolve_device(options.device)
-    devices = training_devices(VerifyOptions(gpus=options.gpus, workers=options.workers), device)
     directory = RunDir.create(output.resolve())
-    with directory.lock():
+    with directory.lock(), open_engine(options) as engine:
         if not directory.manifest["stages"]:  # a killed sweep is found again by its manifest
             directory.finish(STAGE, {"grid": str(grid_file)}, [])
         tokens = _tokens(grid, directory.path / TOKENS)
@@ -66,13 +65,13 @@ def run_sweep(grid_file: Path, output: Path, options: SweepOptions) -> Sweep:
         models = {shape: _model(shape, tokens) for shape in shapes}
         tasks: dict[str, Task] = {}
         for cell in grid.cells:
-            task = _task(cell, models[cell.shape], directory.path / RUNS, tokens, device)
+            task = _task(cell, models[cell.shape], directory.path / RUNS, tokens, engine.device)
             tasks.setdefault(task.config_hash, task)  # equal configurations are one training
         before = read_sweep(directory.path)
         known = set(before["config_hash"])
         left = [task for key, task in tasks.items() if key not in known]
         left.sort(key=lambda task: task.num_tokens * task.params, reverse=True)
-        progress = Progress(left, len(devices), before)
+        progress = Progress(left, engine.at_once, before)
         found = Sweep(
             path=str(output),
             runs=_runs(list(tasks.values()), left),
@@ -85,10 +84,12 @@ def run_sweep(grid_file: Path, output: Path, options: SweepOptions) -> Sweep:
         for task in left:
             _prepare(task, by_identity[task.start.identity])
         if left:
-            run_tasks(left, devices, work, "trainings", progress.done)
+            engine.run(left, work, progress.done)
         failed = {f"{t.run.name}/{t.arm}/seed-{t.seed}": why for t in left if (why := t.failure())}
-        directory.write_table(SWEEP.file, read_sweep(directory.path))
-        directory.finish(STAGE, {"grid": str(grid_file)}, [SWEEP.file])
+        table = read_sweep(directory.path)
+        directory.write_table(SWEEP.file, table)
+        directory.write_table(RATIOS.file, read_ratios(directory.path, table))
+        directory.finish(STAGE, {"grid": str(grid_file)}, [SWEEP.file, RATIOS.file])
     return replace(found, failed=failed)
 
 
@@ -135,11 +136,10 @@ def _tokens(grid: Grid, place: Path) -> Tokens:
         tokens = tokenize_once(
             place, grid.data, tokenizer, eval_tokens=grid.eval_tokens, seq_len=grid.seq_len
         )
-    longest = max(cell.tokens for cell in grid.cells)
     there = tokens.train_tokens // grid.seq_len * grid.seq_len
-    if longest > there and not (grid.repeat and there):
+    if grid.longest > there and not (grid.repeat and there):
         raise DataError(
-            f"the grid trains on up to {longest:,} tokens, and the training part of "
+            f"the grid trains on up to {grid.longest:,} tokens, and the training part of "
             f"{tokens.source} has {there:,}: give more text, or repeat = true"
         )
     return tokens
@@ -195,7 +195,7 @@ def _llama(row: Mapping[str, int], tokens: Tokens) -> Any:
     )
 
 
-def _task(cell: Cell, model: _Model, runs: Path, tokens: Tokens, device: torch.device) -> Task:
+def _task(cell: Cell, model: _Model, runs: Path, tokens: Tokens, device: str) -> Task:
     sequences = cell.recipe.steps * cell.recipe.batch_size
     name = content_hash([model.identity, asdict(cell.recipe), tokens.train, tokens.heldout])[:8]
     run = runs / f"{cell.shape.name}-d{cell.tokens}-{name}"
@@ -222,7 +222,7 @@ def _task(cell: Cell, model: _Model, runs: Path, tokens: Tokens, device: torch.d
             "train": tokens.order_hash(sequences, cell.seed),
             "heldout": tokens.heldout,
             "tokenizer": tokens.tokenizer,
-            "device": device.type,
+            "device": device,
         },
     )
 

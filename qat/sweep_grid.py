@@ -34,6 +34,7 @@ of its model, tokens, seed and recipe, as its delta is the difference of the two
 
 import itertools
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -42,7 +43,7 @@ from typing import Any, get_args
 
 from bitplan.errors import BitplanError
 from bitplan.formats import Format, Operand, parse_format
-from bitplan.qat.recipe import Recipe, Schedule
+from bitplan.qat.recipe import Recipe
 
 BASELINE = "bf16"
 ROW = "row"
@@ -145,6 +146,7 @@ _KEYS = {
     "parts",
 }
 _SHARED = {"data", "tokenizer", "tokenized", "eval_tokens", "repeat", "parts"}
+_NAME = re.compile(r"\w[\w.-]*")  # a part of a directory's name
 _RECIPE_KEYS = {field.name for field in fields(Recipe)} - {"steps"}
 
 
@@ -165,11 +167,13 @@ def read_grid(path: Path) -> Grid:
 
 def parse_grid(value: Mapping[str, Any], base: Path = Path()) -> Grid:
     """Return the grid that a parsed TOML file spells; raise BitplanError otherwise."""
-    _refuse_unknown(value, _KEYS, "the grid")
+    _table(value, _KEYS, "the grid")
     cells: dict[Cell, None] = {}
-    for part in value.get("parts") or [{}]:
-        _refuse_unknown(part, _KEYS - _SHARED, "a part")
-        merged = {**value, **part, "recipe": {**value.get("recipe", {}), **part.get("recipe", {})}}
+    recipe = _table(value.get("recipe", {}), _RECIPE_KEYS, "recipe")
+    for part in _values(value, "parts") if "parts" in value else [{}]:
+        _table(part, _KEYS - _SHARED, "a part")
+        own = _table(part.get("recipe", {}), _RECIPE_KEYS, "recipe")
+        merged = {**value, **part, "recipe": {**recipe, **own}}
         cells.update(dict.fromkeys(_cells(merged, base)))
     lengths = {cell.recipe.seq_len for cell in cells}
     if len(lengths) > 1:
@@ -178,18 +182,21 @@ def parse_grid(value: Mapping[str, Any], base: Path = Path()) -> Grid:
             "give one sequence length"
         )
     _check_baselines(cells)
+    repeat = value.get("repeat", False)
+    if not isinstance(repeat, bool):
+        raise BitplanError(f"repeat is {repeat!r}: write true or false")
     eval_tokens = value.get("eval_tokens", DEFAULT_EVAL_TOKENS)
     tokenizer, tokenized = value.get("tokenizer"), value.get("tokenized")
     if tokenized is not None and (tokenizer is not None or value.get("data")):
         raise BitplanError("tokenized stands in the place of data and tokenizer: give it alone")
     return Grid(
         cells=tuple(cells),
-        data=tuple(_place(str(entry), base) for entry in value.get("data", ())),
+        data=tuple(_place(str(e), base) for e in _values(value, "data")) if "data" in value else (),
         tokenizer=None if tokenizer is None else _place(str(tokenizer), base),
         tokenized=None if tokenized is None else Path(_place(str(tokenized), base)),
         eval_tokens=_whole(eval_tokens, "eval_tokens"),
         seq_len=lengths.pop(),
-        repeat=bool(value.get("repeat", False)),
+        repeat=repeat,
     )
 
 
@@ -197,29 +204,31 @@ def _place(path: str, base: Path) -> str:
     return str((base / Path(path).expanduser()).resolve())
 
 
-def _refuse_unknown(value: Any, known: set[str], where: str) -> None:
+def _table(value: Any, known: set[str], where: str) -> Mapping[str, Any]:
+    """Return a table of no other keys than these."""
     if not isinstance(value, Mapping):
         raise BitplanError(f"{where} is {value!r}: write a table of {', '.join(sorted(known))}")
     if unknown := sorted(set(value) - known):
         raise BitplanError(
             f"{where} has no {unknown[0]!r}: the keys are {', '.join(sorted(known))}"
         )
+    return value
 
 
 def _cells(part: Mapping[str, Any], base: Path) -> Iterator[Cell]:
     """Yield the cells of one part: every combination of its values."""
     seeds = part.get("seeds", 1)
-    listed = list(range(seeds)) if isinstance(seeds, int) else seeds
+    listed = (
+        _values(part, "seeds") if isinstance(seeds, list) else list(range(_whole(seeds, "seeds")))
+    )
     tokens = _values(part, "tokens")
-    groups = [_group_size(g) for g in part.get("group_sizes", ())]
+    groups = [_group_size(g) for g in _values(part, "group_sizes")] if "group_sizes" in part else []
     precisions = _values(part, "precisions")
     for name in precisions:
-        if name not in PRECISIONS:
+        if str(name) not in PRECISIONS:
             raise BitplanError(f"no precision {name!r}: there are {', '.join(PRECISIONS)}")
         if name != BASELINE and not groups:
             raise BitplanError(f'{name} needs group_sizes, e.g. [32, 128, "row"]')
-    if not listed:
-        raise BitplanError(f"seeds {seeds!r}: give a number of at least 1, or a list")
     for row, count, seed in itertools.product(_values(part, "models"), tokens, listed):
         shape, recipe = _shape(row, base), _recipe(part["recipe"], row, count)
         for name in precisions:
@@ -247,10 +256,12 @@ def _whole(value: Any, key: str, least: int = 1) -> int:
 
 
 def _shape(row: Any, base: Path) -> Shape:
-    if not isinstance(row, Mapping):
-        raise BitplanError(f"models has {row!r}: write [[models]] tables")
     known = {*MODEL_KEYS, "kv_heads", "config", "name"} | _RECIPE_KEYS
-    _refuse_unknown(row, known, "a model")
+    _table(row, known, "a model")
+    if not _NAME.fullmatch(str(row.get("name", "model"))):
+        raise BitplanError(
+            f"a model's name is {row['name']!r}: letters, digits, - . and _ make one"
+        )
     if "config" in row:
         if given := sorted({*MODEL_KEYS, "kv_heads"} & set(row)):
             raise BitplanError(f"a model has config and {given[0]}: give one of them")
@@ -265,13 +276,17 @@ def _shape(row: Any, base: Path) -> Shape:
             f"a model has hidden {found['hidden']}, heads {found['heads']}, kv_heads "
             f"{found['kv_heads']}: each must be a multiple of the next"
         )
+    if found["hidden"] // found["heads"] % 2:
+        raise BitplanError(
+            f"a model has {found['hidden'] // found['heads']} channels a head: rotary positions "
+            "need an even number"
+        )
     name = str(row.get("name", f"l{found['layers']}-h{found['hidden']}"))
     return Shape(name, tuple(found.items()))
 
 
 def _recipe(table: Mapping[str, Any], row: Mapping[str, Any], tokens: Any) -> Recipe:
     """Return the recipe of a model at D tokens: whole steps, as near to D as they come."""
-    _refuse_unknown(table, _RECIPE_KEYS, "recipe")
     given = {**table, **{key: row[key] for key in row if key in _RECIPE_KEYS}}
     if missing := sorted({"batch_size", "seq_len", "lr"} - set(given)):
         raise BitplanError(f"recipe lacks {', '.join(missing)}")
@@ -283,15 +298,28 @@ def _recipe(table: Mapping[str, Any], row: Mapping[str, Any], tokens: Any) -> Re
             f"tokens has {count:,}, less than one batch of {batch_size} x {seq_len} = "
             f"{batch_size * seq_len:,}"
         )
-    if given.get("schedule", "cosine") not in get_args(Schedule):
-        raise BitplanError(
-            f"schedule {given['schedule']!r}: it is one of {', '.join(get_args(Schedule))}"
-        )
+    for field in fields(Recipe):
+        if field.name in given and not _fits(given[field.name], field.type):
+            kinds = get_args(field.type) or (field.type,)
+            takes = ", ".join(k if isinstance(k, str) else k.__name__ for k in kinds)
+            raise BitplanError(f"recipe has {field.name} = {given[field.name]!r}: it takes {takes}")
     if not given["lr"] > 0:
         raise BitplanError(f"lr {given['lr']}: a learning rate is above 0")
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
     return Recipe(**{**given, "steps": steps, "batch_size": batch_size, "seq_len": seq_len})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a TOML value is one of a recipe's field of this type."""
+    if options := get_args(kind):
+        if isinstance(value, list):
+            return len(value) == len(options) and all(map(_fits, value, options))
+        return value in options
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool)
+    return number and math.isfinite(value) and (kind is float or value == int(value) > 0)
 
 
 def _check_baselines(cells: Mapping[Cell, None]) -> None:

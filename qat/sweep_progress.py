@@ -1,18 +1,13 @@
-"""How far a sweep is, and how long the rest takes, from the tokens per second of what is done.
-
-A training is forecast by the median rate of its model where one is measured. Another model's rate
-stands in where none is: the nearest in size, slower in proportion where ours is the larger, no
-faster where it is the smaller, as steps of small models take the same time whatever their size.
-"""
+"""How far a sweep is, and how long the rest takes, from the tokens per second of what is done."""
 
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import median
 
 import polars as pl
 
 from bitplan import progress
+from bitplan.qat.rates import duration, expected_rate
 from bitplan.qat.sweep_work import Task
 
 
@@ -36,7 +31,9 @@ class Progress:
         """The time that the rest takes, None where nothing is measured."""
         if not self.rates:
             return None
-        seconds = [task.num_tokens / self._rate(task.params) for task in self.left.values()]
+        seconds = [
+            task.num_tokens / expected_rate(self.rates, task.params) for task in self.left.values()
+        ]
         longest = max(seconds, default=0.0)
         whole = max(sum(seconds) / self.at_once, longest)
         if not self.trained_s:
@@ -44,11 +41,6 @@ class Progress:
         # Drawing weights and reading text take time too, as does a process that begins.
         spent = (time.monotonic() - self.start) * min(self.at_once, self.total)
         return whole * max(1.0, spent / self.trained_s)
-
-    def _rate(self, params: int) -> float:
-        """Return the tokens per second to expect of a model of N parameters."""
-        near = min(self.rates, key=lambda n: max(n, params) / min(n, params))
-        return median(self.rates[near]) * min(1.0, near / params)
 
     def done(self, task: Task) -> None:
         """Take a training off, and say on stderr how far along the sweep is."""
@@ -67,12 +59,3 @@ class Progress:
             f"{self.total - len(self.left)} of {self.total} trainings, "
             f"{duration(time.monotonic() - self.start)}{left}; {text}"
         )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words of one unit or two."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bitplan.qat.sweep_progress import duration
+from bitplan.qat.rates import duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,5 +80,8 @@ class Sweep:
             f"there already, {len(self.failed)} failed"
         )
         lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
-        lines += [f"wrote {self.path}/sweep.parquet", f"next: bitplan law fit {self.path}"]
+        lines += [
+            f"wrote {self.path}/sweep.parquet, ratios.parquet",
+            f"next: bitplan law fit {self.path}",
+        ]
         return "\n".join(lines)

@@ -9,6 +9,8 @@ so that the other cells go on.
 
 import contextlib
 import fcntl
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +31,7 @@ from bitplan.sites import Site
 
 FAILED_FILE = "failed.json"
 CLAIM_FILE = ".claim"
+"""A line, host and process, for each time that the cell was begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,4 +110,6 @@ def work(task: Task, device: str) -> None:
 def _claim(path: Path) -> Iterator[None]:
     with open(path, "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.write(f"{socket.gethostname()} {os.getpid()}\n")
+        handle.flush()
         yield

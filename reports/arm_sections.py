@@ -98,9 +98,7 @@ def deltas(run: Run, name: str) -> Markup:
     measured = {
         arm: value
         for arm, value in (run.verdict.get("delta") or {}).items()
-        if arm != arm_summary.BASELINE
-        and not arm.startswith(arm_summary.SPARED)
-        and value is not None
+        if arm != arm_summary.BASELINE and not arm_summary.is_spared(arm) and value is not None
     }
     intervals = _intervals(measured, "arm")
     if not intervals.is_empty():

@@ -11,8 +11,6 @@ import polars as pl
 from bitplan.reports.load import Arm
 
 BASELINE = "bf16"
-SPARED = "w4a4-"
-"""What the names of attribution arms begin with: w4a4 but for one operand of one role."""
 ARM_ORDER = ("bf16", "w4a16", "w16a4", "w4a4", "planned")
 CURVE_POINTS = 120
 CURVE_WINDOWS = 20
@@ -23,6 +21,11 @@ def arm_rank(arm: str) -> tuple[int, str]:
     """Return where an arm stands in every list and axis."""
     known = ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER)
     return known, arm
+
+
+def is_spared(arm: str) -> bool:
+    """Return whether it is an attribution arm, `w4a4-fc2-input-8`: w4a4 but for one operand."""
+    return arm.startswith("w4a4-") and arm.endswith(("-input-8", "-weight-8"))
 
 
 def copies(arms: tuple[Arm, ...]) -> dict[str, str]:
@@ -44,9 +47,7 @@ def losses(arms: tuple[Arm, ...]) -> pl.DataFrame:
             "loss",
         )
         for arm in arms
-        if arm.metrics is not None
-        and not arm.record.get("same_as")
-        and not arm.name.startswith(SPARED)
+        if arm.metrics is not None and not arm.record.get("same_as") and not is_spared(arm.name)
     ]
     schema = {
         "arm": pl.String,

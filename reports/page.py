@@ -62,14 +62,19 @@ def render(runs: list[Run]) -> str:
         if single
         else [el("a", run.name, href=f"#r{i + 1}") for i, run in enumerate(runs)]
     )
+    names = ", ".join(run.model_name for run in runs)
+    return page(f"bitplan: {names}", links, parts)
+
+
+def page(title: str, links: list[Markup], parts: list[Markup]) -> str:
+    """Return a whole HTML file: a bar with links, the parts, and what draws their figures."""
     mark = el("b", el("i"), el("i"), "bitplan")
     button = el("button", "Dark", type="button", id="theme", hidden=True)
     bar = el("header", el("div", mark, el("nav", links, aria_label="Sections"), button))
     noscript = el("noscript", el("p", "Charts need JavaScript; their tables do not."))
     footer = el("footer", el("p", f"Made by bitplan {_version()}. Nothing here is fetched."))
-    names = ", ".join(run.model_name for run in runs)
     return string.Template(_resource("page.html")).substitute(
-        title=join(f"bitplan: {names}"),
+        title=join(title),
         style=_style(),
         body=join(
             Markup(bar.replace("<header>", '<header class="bar">', 1)),

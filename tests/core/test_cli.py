@@ -18,7 +18,10 @@ COMMANDS = (
     "demo",
     "law predict",
     "law crossover",
+    "law budget",
+    "law design",
     "law fit",
+    "sweep",
 )
 # The options others rely on; a new one is a decision, so it is written here too.
 OPTIONS = {
@@ -34,7 +37,12 @@ OPTIONS = {
     "export": "--to -o --output --json",
     "demo": "-o --output",
     "law predict": "--params --tokens --group-size --precision --law --json",
-    "law crossover": "--params --group-size --law --json",
+    "law crossover": "--params --group-size --chart --law --json",
+    "law budget": "--flops --gpu-hours --gpu --utilization --bytes --weight-bits --params --tokens "
+    "--group-size --law --json",
+    "law design": "--precision --exponent --steps --params --tokens --group-size --gpu "
+    "--utilization --force --json",
+    "sweep": "-o --output --device --gpus --workers --ray --dry-run --json",
     "law fit": "-o --output --force --json",
 }
 

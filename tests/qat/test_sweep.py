@@ -12,12 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from bitplan.cli import EXIT_BAD_INPUT, EXIT_NO, main
-from bitplan.errors import BitplanError
+from bitplan.errors import BitplanError, DataError
 from bitplan.options import SweepOptions
 from bitplan.qat.law_runs import read_sweep, read_trainings
 from bitplan.qat.sweep import run_sweep
+from bitplan.qat.sweep_ratios import read_ratios
 from bitplan.qat.sweep_tokens import Tokens
-from bitplan.tables import SWEEP
+from bitplan.qat.verdict import Interval, decide
+from bitplan.tables import RATIOS, SWEEP
 
 GRID = """
 tokens = [256]
@@ -106,6 +108,35 @@ def test_delta_and_its_error_are_those_of_the_heldout_sequences(
     assert row["group_size"] == 16
 
 
+def test_r_is_that_of_the_heldout_losses(grid: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    precisions = '"w4a16", "w16a4", "w16a4-fc2-8"]\nseeds = 2'
+    run_sweep(grid(('"w4a4"]', precisions), ("[16]", '[16, "row"]')), out, CPU)
+    (run,) = (out / "runs").iterdir()
+
+    def gap(arm: str) -> float:
+        means = [
+            pl.read_parquet(path)["loss"].mean()
+            for name in (arm, "bf16")
+            for path in sorted(run.glob(f"arms/{name}/*/heldout.parquet"))
+        ]
+        assert len(means) == 4
+        return means[0] + means[1] - means[2] - means[3]  # type: ignore[operator]
+
+    found = pl.read_parquet(out / RATIOS.file)
+    assert found.height == 4
+    assert found["seeds"].to_list() == [2] * 4
+    for row in found.iter_rows(named=True):
+        group = "g16" if row["group_size"] == 16 else "row"
+        inputs = "w16a4-fc2-8" if row["fc2_at_8"] else "w16a4"
+        expected = gap(f"{inputs}-{group}") / gap(f"w4a16-{group}")
+        assert row["R"] == pytest.approx(expected)
+        assert row["verdict"] == decide(Interval(row["R"], row["low"], row["high"]))
+    shutil.rmtree(out / "runs")
+    assert read_ratios(out, read_sweep(out)).equals(found)
+
+
+@pytest.mark.slow
 def test_side_by_side_gives_the_same_losses(grid: Callable[..., Path], tmp_path: Path) -> None:
     path = grid(("eval_tokens", "seeds = 2\neval_tokens"))
     run_sweep(path, tmp_path / "one", CPU)
@@ -164,7 +195,7 @@ def test_tokens_of_another_sweep_serve(grid: Callable[..., Path], tmp_path: Path
         (("layers = 1\n", ""), "a model lacks layers"),
         (("lr = 2e-3", "lr = 0"), "above 0"),
         (("seq_len = 32", ""), "recipe lacks seq_len"),
-        (("lr = 2e-3", 'lr = 2e-3\nschedule = "steps"'), "schedule 'steps'"),
+        (("lr = 2e-3", 'lr = 2e-3\nschedule = "steps"'), "'steps': it takes cosine, wsd"),
         (("tokens = [256]", "tokens = []"), "tokens is"),
         (("heads = 1", "heads = 3"), "multiple of the next"),
         (("tokens = [256]", "tokens = ["), "cannot be read"),
@@ -202,3 +233,13 @@ def test_parts_are_one_grid(grid: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(BitplanError, match="different schedules"):
         read_trainings([out])
     assert read_trainings([out], force=True)[0]["schedule"].to_list().count("wsd") == 2
+
+
+def test_one_cell_under_two_recipes_is_not_pooled(
+    grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    run_sweep(grid(extra="[[parts]]\n[[parts]]\nrecipe = {lr = 1e-3}\n"), out, CPU)
+    with pytest.raises(DataError, match=r"2 trainings are there twice.*bf16"):
+        read_trainings([out])
+    assert read_trainings([out], force=True)[0].height == 4

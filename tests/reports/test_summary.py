@@ -131,6 +131,8 @@ def test_long_curves_are_thinned_but_keep_their_ends() -> None:
 def test_attribution_arms_are_not_drawn_as_curves() -> None:
     arms = (arm("w4a4", 0, [1.0]), arm("w4a4-fc2-input-8", 0, [1.0]))
     assert arm_summary.losses(arms)["arm"].to_list() == ["w4a4"]
+    swept = (arm("w4a4-g32", 0, [1.0]), arm("w4a4-fc2-8-row", 0, [1.0]))
+    assert len(arm_summary.losses(swept)) == 2
 
 
 def test_a_copy_of_an_arm_is_named_and_drawn_once() -> None:

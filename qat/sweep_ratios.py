@@ -1,0 +1,68 @@
+"""R of every (N, D, G) of a sweep, as `verify` judges it: which operand's error is the larger.
+
+    before   w16a4 over w4a16: all inputs at 4 bits
+    after    w16a4-fc2-8 over w4a16: those of FC2 at 8
+
+with the intervals and the words of verdict.py, from the held-out losses of the seeds that bf16 and
+both arms have in common.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from bitplan.qat import verdict as arithmetic
+from bitplan.qat.law_runs import BASELINE, RUNS
+from bitplan.qat.record import heldout_losses
+from bitplan.rundir import RunDir
+from bitplan.tables import RATIOS
+
+WEIGHTS = "w4a16"
+INPUTS = {False: "w16a4", True: "w16a4-fc2-8"}
+"""Whether FC2's inputs have 8 bits, to the precision."""
+
+
+def read_ratios(sweep: Path, trainings: pl.DataFrame) -> pl.DataFrame:
+    """Return tables.RATIOS of the trainings, tables.SWEEP; where records are gone, as it was."""
+    rows: list[dict[str, Any]] = []
+    for (name,), of_run in trainings.group_by("run", maintain_order=True):
+        place = sweep / RUNS / str(name)
+        if place.is_dir():
+            rows += _of_run(RunDir.open(place), of_run)
+    table = RATIOS.frame(rows)
+    if (sweep / RATIOS.file).is_file():
+        table = pl.concat([table, pl.read_parquet(sweep / RATIOS.file).select(*RATIOS.schema)])
+    return table.unique(["run", "group_size", "fc2_at_8"], keep="first", maintain_order=True)
+
+
+def _of_run(run: RunDir, trainings: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    seeds = {
+        str(arm): set(of_arm["seed"])
+        for (arm,), of_arm in trainings.group_by("arm", maintain_order=True)
+    }
+    for arm in [arm for arm in seeds if arm.startswith(f"{WEIGHTS}-")]:
+        first = trainings.filter(pl.col("arm") == arm).row(0, named=True)
+        for fc2_at_8, inputs in INPUTS.items():
+            arms = (BASELINE, arm, inputs + arm.removeprefix(WEIGHTS))
+            common = sorted(set.intersection(*(seeds.get(name, set()) for name in arms)))
+            if not common:
+                continue
+            losses = {
+                name: np.stack([heldout_losses(run, name, seed) for seed in common])
+                for name in arms
+            }
+            paired = arithmetic.differences(losses, BASELINE)
+            ratio = arithmetic.ratio(paired[arms[2]], paired[arm])
+            yield {
+                **{key: first[key] for key in ("params", "tokens", "group_size", "schedule")},
+                "fc2_at_8": fc2_at_8,
+                "R": ratio.estimate,
+                "low": ratio.low,
+                "high": ratio.high,
+                "verdict": arithmetic.decide(ratio),
+                "seeds": len(common),
+                "run": run.path.name,
+            }
