@@ -17,7 +17,7 @@ import polars as pl
 
 from bitplan.errors import PlanError, RunError
 from bitplan.forecast import check_values
-from bitplan.formats import Operand, parse_formats
+from bitplan.formats import Operand, parse_formats, short_groups_note
 from bitplan.law import read_laws
 from bitplan.options import PlanOptions
 from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
@@ -401,6 +401,9 @@ def _facts(
             "time counts the planned linears at the published dense rate: a lower bound; rates: "
             f"{device.source}"
         )
+    used_formats = (problem.formats[f] for f in choice)
+    rows = (site.in_features for site in problem.sites)
+    notes += short_groups_note(zip(used_formats, rows, strict=True))
     if count := int(misleading_kurtosis(problem).sum()):
         notes.append(f"{count} inputs have high kurtosis but low sensitivity: see their reasons")
     return notes

@@ -208,12 +208,19 @@ def _pieces(span: Span) -> list[Span]:
 
 
 def tokenize(
-    corpus: Corpus, tokenizer: Any, split: Split, *, tokens: int, seq_len: int, seed: int
+    corpus: Corpus,
+    tokenizer: Any,
+    split: Split,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int = 1,
 ) -> Tensor:
     """Return at least `tokens` tokens of a split as full windows, [sequences, seq_len] int64.
 
     The seed chooses the text; reading stops when there is enough. Raises DataError where the split
-    is too short.
+    is too short, with what to do where it has not even `batch_size` sequences.
     """
     sequences = -(-tokens // seq_len)
     pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
@@ -225,7 +232,19 @@ def tokenize(
             return torch.tensor(ids[: sequences * seq_len]).view(sequences, seq_len)
     raise DataError(
         f"{sequences * seq_len:,} tokens were asked of the {split} part of {corpus.source}, which "
-        f"has {len(ids):,}: give more text with --data, or ask for fewer tokens"
+        f"has {len(ids):,}{_advice(len(ids), seq_len, batch_size)}"
+    )
+
+
+def _advice(found: int, seq_len: int, batch_size: int) -> str:
+    """Say what to do about too few tokens: asking for fewer helps down to one batch."""
+    if found >= batch_size * seq_len:
+        return ": give more text with --data, or ask for fewer tokens"
+    batch = f"one batch of {batch_size} sequences" if batch_size > 1 else "one sequence"
+    smaller = "--batch-size or --seq-len" if batch_size > 1 else "--seq-len"
+    return (
+        f", less than {batch} of {seq_len} tokens: give more text with --data, or a smaller "
+        f"{smaller}"
     )
 
 
