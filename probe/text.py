@@ -1,9 +1,11 @@
-"""Text: files to token windows, the same ones wherever they are read.
+"""Text: documents to token windows, the same ones wherever they are read.
 
-A corpus is a list of spans of files, found without holding any of them in memory. Its three splits
-never share text: from SPLIT_FILES files on whole files are dealt out, below that every file is cut
-into contiguous parts. Files are ordered by the hash of their content, not by their place on disk,
-and equal files count once, so that the same texts give the same tokens anywhere.
+A corpus is a list of spans of files, found (documents.py) without holding any of them in memory.
+Its three splits never share text: from SPLIT_DOCUMENTS documents on whole ones are dealt out, below
+that each is cut into contiguous parts. Documents are ordered by the hash of their content, not by
+their place, and equal ones count once. So the same documents give the same hash, the same splits
+and the same tokens as text files, Parquet, Arrow or JSON Lines, under whatever names and in
+whatever order.
 
 `tokenize` cuts its split into pieces at line ends, shuffles them by the seed, and joins as many as
 are needed with the end-of-text token between them: a longer draw begins with the shorter one.
@@ -11,14 +13,11 @@ The default text is the source of the running Python's standard library without 
 always there, no download.
 """
 
-import codecs
 import hashlib
 import itertools
-import os
 import random
-import sysconfig
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,33 +25,15 @@ import torch
 from torch import Tensor
 
 from bitplan.errors import DataError
+from bitplan.probe.documents import Span, Unpacked, find_documents
 
 Split = Literal["calibration", "train", "heldout"]
 
-# Shares of the text, in the order in which files or parts of files are dealt out.
+# Shares of the text, in the order in which documents or parts of documents are dealt out.
 SHARES: dict[Split, float] = {"calibration": 0.1, "heldout": 0.1, "train": 0.8}
-SPLIT_FILES = 20  # fewer files than this are cut, more are dealt out whole
+SPLIT_DOCUMENTS = 20  # fewer documents than this are cut, more are dealt out whole
 PIECE_BYTES = 8192
-# Reading on would take longer than profiling; a corpus is cut here and says so in its notes.
-MAX_CORPUS_BYTES = 1 << 30
 _BATCH_PIECES = 32
-_BUFFER_BYTES = 1 << 20
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Span:
-    """The bytes from `start` to `end` of a text file; both lie on ends of lines or characters."""
-
-    path: Path
-    start: int
-    end: int
-
-    def read(self) -> str:
-        """Return the text of the span."""
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.end - self.start).decode("utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,115 +47,49 @@ class Corpus:
     content_hash: str
     splits: dict[Split, tuple[Span, ...]]
     notes: tuple[str, ...] = ()
+    unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
+    """Keeps the texts that are no files; they go with it."""
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    size: int
-    digest: str
+def load_text(names: tuple[str, ...] = ()) -> Corpus:
+    """Return the corpus of what --data names; of nothing, Python's standard library.
 
-
-def load_text(paths: tuple[str, ...] = ()) -> Corpus:
-    """Return the corpus of text files and directories; of none, Python's standard library.
-
-    Directories are searched whole; hidden files, and files in them that are not UTF-8 text, are
-    left out and counted. Raises DataError where a path is missing, where a file that was named is
-    empty or not text, and where nothing is left.
+    Documents are found as documents.py says. Raises DataError as that does, and where no document
+    is left.
     """
-    source = ", ".join(paths) if paths else "Python standard library"
-    named = [Path(path).expanduser() for path in paths]
-    found: dict[str, _File] = {}
-    skipped = total = 0
-    notes: list[str] = []
-    for path, is_named in _candidates(named):
-        file = _scan(path, is_named=is_named)
-        if file is None:
-            skipped += 1
-            continue
-        if file.size and file.digest not in found:
-            total += file.size
-            found[file.digest] = file
-        if total > MAX_CORPUS_BYTES:
-            notes.append(f"only the first {MAX_CORPUS_BYTES >> 30} GiB of text were read")
-            break
-    if not found:
-        raise DataError(f"no text in {source}: give UTF-8 text files or directories of them")
-    if skipped:
-        notes.append(f"{skipped} files that are not UTF-8 text were left out")
-    files = [found[digest] for digest in sorted(found)]
+    source = ", ".join(names) if names else "Python standard library"
+    found = find_documents(names)
+    if not found.spans:
+        raise DataError(
+            f"no text in {source}: give UTF-8 text, or Parquet or JSON Lines with a text column, "
+            "in files or directories of them"
+        )
+    digests = sorted(found.spans)
+    whole = hashlib.sha256()
+    for digest in digests:
+        whole.update(digest.hex().encode())
     return Corpus(
         source=source,
-        content_hash=hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:32],
-        splits=_split(files),
-        notes=tuple(notes),
+        content_hash=whole.hexdigest()[:32],
+        splits=_split([found.spans[digest] for digest in digests]),
+        notes=tuple(found.notes),
+        unpacked=found.unpacked,
     )
 
 
-def _candidates(named: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
-    """Yield files in a fixed order, and whether the user named them one by one."""
-    if not named:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        for path in _walk(root, skipped=_STDLIB_SKIPPED):
-            if path.suffix == ".py":
-                yield path, False
-    for path in named:
-        if path.is_dir():
-            for inner in _walk(path):
-                yield inner, False
-        elif path.exists():
-            yield path, True
-        else:
-            raise DataError(f"no text at {path}: there is no such file or directory")
-
-
-def _walk(root: Path, *, skipped: Collection[str] = ()) -> Iterator[Path]:
-    """Yield a directory's files, sorted, without hidden ones and the skipped directories."""
-    for place, directories, files in os.walk(root):
-        kept = (d for d in directories if not d.startswith(".") and d not in skipped)
-        directories[:] = sorted(kept)
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(place, name)
-
-
-def _scan(path: Path, *, is_named: bool) -> _File | None:
-    """Hash a file and check that it is text, in pieces; None or DataError where it is not."""
-    digest, decoder, size = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_BUFFER_BYTES):
-                if b"\0" in chunk:
-                    raise UnicodeError("it holds NUL bytes")
-                decoder.decode(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-                if size > MAX_CORPUS_BYTES:
-                    break
-            else:
-                decoder.decode(b"", final=True)
-    except (OSError, UnicodeError) as error:
-        if is_named:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise DataError(f"cannot use {path} as text: {reason}") from error
-        return None
-    if size == 0 and is_named:
-        raise DataError(f"cannot use {path} as text: it is empty")
-    return _File(path, size, digest.hexdigest())
-
-
-def _split(files: Sequence[_File]) -> dict[Split, tuple[Span, ...]]:
-    """Deal files out to the splits, or cut each where there are few."""
+def _split(documents: Sequence[Span]) -> dict[Split, tuple[Span, ...]]:
+    """Deal documents out to the splits, or cut each where there are few."""
     splits: dict[Split, list[Span]] = {split: [] for split in SHARES}
     edges = [0.0, *itertools.accumulate(SHARES.values())]
-    if len(files) >= SPLIT_FILES:
-        cuts = [round(edge * len(files)) for edge in edges]
+    if len(documents) >= SPLIT_DOCUMENTS:
+        cuts = [round(edge * len(documents)) for edge in edges]
         for split, (first, last) in zip(SHARES, itertools.pairwise(cuts), strict=True):
-            splits[split] = [Span(file.path, 0, file.size) for file in files[first:last]]
+            splits[split] = list(documents[first:last])
     else:
-        for file in files:
-            cuts = [round(edge * file.size) for edge in edges]
-            for split, span in zip(SHARES, _cut(file.path, cuts), strict=True):
+        for whole in documents:
+            size = whole.end - whole.start
+            cuts = [whole.start + round(edge * size) for edge in edges]
+            for split, span in zip(SHARES, _cut(whole.path, cuts), strict=True):
                 splits[split].append(span)
     return {split: tuple(spans) for split, spans in splits.items()}
 
@@ -200,6 +115,8 @@ def _boundary(file: IO[bytes], offset: int, end: int) -> int:
 
 def _pieces(span: Span) -> list[Span]:
     """Cut a span into pieces of about PIECE_BYTES."""
+    if 0 < span.end - span.start <= PIECE_BYTES:
+        return [span]
     return [
         piece
         for piece in _cut(span.path, [*range(span.start, span.end, PIECE_BYTES), span.end])
