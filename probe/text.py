@@ -8,7 +8,8 @@ and the same tokens as text files, Parquet, Arrow or JSON Lines, under whatever 
 whatever order.
 
 `tokenize` cuts its split into pieces at line ends, shuffles them by the seed, and joins as many as
-are needed with the end-of-text token between them: a longer draw begins with the shorter one.
+are needed with the end-of-text token between them: a longer draw begins with the shorter one. What
+was drawn once is kept (token_cache.py).
 The default text is the source of the running Python's standard library without its tests: real,
 always there, no download.
 """
@@ -21,11 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitplan.errors import DataError
 from bitplan.probe.documents import Span, Unpacked, find_documents
+from bitplan.probe.token_cache import Drawn, Ids, draw_key, keep_drawn, read_drawn
 
 Split = Literal["calibration", "train", "heldout"]
 
@@ -34,6 +37,7 @@ SHARES: dict[Split, float] = {"calibration": 0.1, "heldout": 0.1, "train": 0.8}
 SPLIT_DOCUMENTS = 20  # fewer documents than this are cut, more are dealt out whole
 PIECE_BYTES = 8192
 _BATCH_PIECES = 32
+_VERSION = 1  # of what `tokenize` does with a text: with another, nothing kept is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,17 +144,35 @@ def tokenize(
     is too short, with what to do where it has not even `batch_size` sequences.
     """
     sequences = -(-tokens // seq_len)
-    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
-    random.Random(seed).shuffle(pieces)
-    ids: list[int] = []
-    for batch in _batches(pieces):
-        ids.extend(itertools.chain.from_iterable(_encode(tokenizer, batch)))
-        if len(ids) >= sequences * seq_len:
-            return torch.tensor(ids[: sequences * seq_len]).view(sequences, seq_len)
+    drawn = _draw(corpus, tokenizer, split, sequences * seq_len, seed)
+    if len(drawn) >= sequences * seq_len:
+        return torch.from_numpy(drawn[: sequences * seq_len].astype(np.int64)).view(-1, seq_len)
     raise DataError(
         f"{sequences * seq_len:,} tokens were asked of the {split} part of {corpus.source}, which "
-        f"has {len(ids):,}{_advice(len(ids), seq_len, batch_size)}"
+        f"has {len(drawn):,}{_advice(len(drawn), seq_len, batch_size)}"
     )
+
+
+def _draw(corpus: Corpus, tokenizer: Any, split: Split, tokens: int, seed: int) -> Ids:
+    """Return at least `tokens` token ids of a split in the order of a seed, or all it has."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    key = draw_key(tokenizer, [_VERSION, PIECE_BYTES, corpus.content_hash, split, seed, end])
+    kept = read_drawn(key)
+    if len(kept.ids) >= tokens:
+        return kept.ids
+    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
+    random.Random(seed).shuffle(pieces)
+    parts, found, read = [kept.ids], len(kept.ids), kept.pieces
+    while found < tokens and read < len(pieces):
+        batch = pieces[read : read + _BATCH_PIECES]
+        for ids in _encode(tokenizer, batch, end):
+            parts.append(np.array(ids, dtype=np.int32))
+            found += len(ids)
+        read += len(batch)
+    drawn = Drawn(np.concatenate(parts), read)
+    if read > kept.pieces:
+        keep_drawn(key, drawn)
+    return drawn.ids
 
 
 def _advice(found: int, seq_len: int, batch_size: int) -> str:
@@ -165,14 +187,8 @@ def _advice(found: int, seq_len: int, batch_size: int) -> str:
     )
 
 
-def _batches(pieces: Sequence[Span]) -> Iterator[Sequence[Span]]:
-    for first in range(0, len(pieces), _BATCH_PIECES):
-        yield pieces[first : first + _BATCH_PIECES]
-
-
-def _encode(tokenizer: Any, pieces: Sequence[Span]) -> Iterator[list[int]]:
+def _encode(tokenizer: Any, pieces: Sequence[Span], end: int | None) -> Iterator[list[int]]:
     """Yield each piece's token ids, the end-of-text token last where the tokenizer has one."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     texts = [piece.read() for piece in pieces]
     # verbose: a text longer than the model's window is no mistake here.
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
