@@ -74,13 +74,12 @@ def _fetch(name: str, repo: str, revision: str | None, file: str) -> Path:
 @contextlib.contextmanager
 def _told(name: str) -> Iterator[None]:
     """Turn what the hub's client raises into a DataError."""
-    # Its errors are OSErrors, but for names that cannot be; the network's are httpx's.
-    from httpx import HTTPError
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         yield
-    except (OSError, HTTPError, HFValidationError) as error:
+    # The bases: OSError, and the error of the HTTP client, of which there have been several.
+    except (*HfHubHTTPError.__bases__, HFValidationError) as error:
         raise DataError(
             f"{name} could not be fetched from the hub ({type(error).__name__}): check the name, "
             "the network and your access, or give a directory that holds it"
