@@ -78,8 +78,10 @@ def _told(name: str) -> Iterator[None]:
 
     try:
         yield
-    # The bases: OSError, and the error of the HTTP client, of which there have been several.
-    except (*HfHubHTTPError.__bases__, HFValidationError) as error:
+    except Exception as error:
+        # Its bases are OSError and the error of the HTTP client, of which there have been several.
+        if not isinstance(error, (*HfHubHTTPError.__bases__, HFValidationError)):
+            raise
         raise DataError(
             f"{name} could not be fetched from the hub ({type(error).__name__}): check the name, "
             "the network and your access, or give a directory that holds it"
