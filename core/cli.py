@@ -204,8 +204,8 @@ def profile(
     "quantizers",
     multiple=True,
     metavar="GLOB=NAME",
-    help="Train scales: lwc, lsq (weights), lac (inputs) or absmax.  [default: lac for inputs "
-    "from 256 elements a scale on]",
+    help="Train scales: lwc, lsq (weights), lac (inputs) or absmax; or rotate both operands: "
+    "hadamard.  [default: lac for inputs from 256 elements a scale on]",
 )
 @option(
     PlanOptions,

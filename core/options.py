@@ -70,7 +70,7 @@ class PlanOptions:
     per_role: bool = False
     """One format per role and operand."""
     quantizers: tuple[str, ...] = ()
-    """GLOB=NAME: how training finds scales; default: lac for inputs of groups from 256 on."""
+    """GLOB=NAME: how training rounds; default: lac for inputs of groups from 256 on."""
     measure: int = 0
     """Measure the plan whole, and at most these many plans to refine it; 0: predict alone."""
     tokens: float | None = None

@@ -27,7 +27,7 @@ from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
 from bitplan.planner.plan import PLAN_FILE, Measured, Plan, Predicted, read_plan
 from bitplan.planner.problem import Ints, Problem, read_problem
-from bitplan.planner.quantizers import named_quantizers
+from bitplan.planner.quantizers import HADAMARD, named_quantizers
 from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.refine import kl_of, stderr_of
 from bitplan.planner.rules import RULES, find_rule
@@ -176,6 +176,12 @@ def plan_of(
     points = frontier(problem, primary, others, choice)
     if options.rule is not None:
         limits = []
+    quantizers = named_quantizers(problem.sites, options.quantizers)
+    if rotated := {site.rpartition(":")[0] for site, q in quantizers.items() if q == HADAMARD}:
+        said.append(
+            f"{len(rotated)} linears are rotated in training ({HADAMARD}): predictions and what "
+            "--measure measures are without it, and no export target runs it"
+        )
     plan = Plan(
         made_by=_made_by(options),
         sites=explain(problem, choice, limits, options.rule),
@@ -188,7 +194,7 @@ def plan_of(
         pins=options.pins,
         shares=options.shares,
         per_role=options.per_role,
-        quantizers=named_quantizers(problem.sites, options.quantizers),
+        quantizers=quantizers,
         advice=None if law is None else advise(problem, choice, law, factors),
         notes=(*notes, *said, *_facts(problem, choice, limits, factors), *_weights_note(directory)),
         provenance=directory.provenance(),

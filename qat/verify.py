@@ -23,7 +23,7 @@ from bitplan.errors import BitplanError, CheckpointError, PlanError
 from bitplan.formats import short_groups_note
 from bitplan.options import VerifyOptions
 from bitplan.planner.plan import Plan, read_plan
-from bitplan.planner.quantizers import ABSMAX, default_quantizer
+from bitplan.planner.quantizers import ABSMAX, HADAMARD, default_quantizer
 from bitplan.probe.checkpoint import (
     Checkpoint,
     check_vocabulary,
@@ -37,6 +37,7 @@ from bitplan.qat import verdict as arithmetic
 from bitplan.qat.arms import (
     ARMS,
     BASELINE,
+    EXTRA_ARMS,
     RATIOS,
     UNIFORM,
     Arm,
@@ -92,7 +93,7 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
                 f"{', '.join(plan.formats)}: plan again with an 8-bit format in --formats"
             )
         # Arms of an earlier --attribute stay in the verdict.
-        table = {**ARMS, **{arm.name: arm for arm in spared}}
+        table = {**ARMS, **EXTRA_ARMS, **{arm.name: arm for arm in spared}}
         jobs = _jobs(plan, table, checkpoint, start, corpus, recipe, options, str(device))
         wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
         _train(directory, start, jobs, wanted, options, device)
@@ -207,7 +208,7 @@ def _jobs(
                 arm=arm.name,
                 seed=seed,
                 formats=(formats := arm.formats(plan)),
-                quantizers=_quantizers(plan, formats, linears),
+                quantizers=_quantizers(plan, arm, formats, linears),
                 recipe=recipe,
                 train=train[seed],
                 heldout=heldout,
@@ -225,10 +226,13 @@ def _jobs(
     }
 
 
-def _quantizers(plan: Plan, formats: Formats, linears: Mapping[str, Linear]) -> dict[Site, str]:
-    """Return the sites whose scales an arm trains: as the plan names them, or by default."""
+def _quantizers(
+    plan: Plan, arm: Arm, formats: Formats, linears: Mapping[str, Linear]
+) -> dict[Site, str]:
+    """Return the sites whose scales an arm trains: as it or the plan names them, or by default."""
     found = {
-        site: plan.quantizers.get(str(site))
+        site: (HADAMARD if linears[site.module].role == arm.rotated else None)
+        or plan.quantizers.get(str(site))
         or default_quantizer(fmt, site.operand, linears[site.module].in_features)
         for site, fmt in formats.items()
         if site.module in linears  # convert refuses the others
