@@ -371,7 +371,12 @@ def plan(
     help="Start from random weights of this config.json (or its directory), not the checkpoint.",
 )
 @data_option
-@list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
+@list_option(
+    VerifyOptions,
+    "arms",
+    "--arms",
+    help="Arms to train; w4a4-hadamard (fc2 rotated) only if named.  [default: all others]",
+)
 @click.option(
     "--attribute",
     is_flag=True,

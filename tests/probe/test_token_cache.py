@@ -1,9 +1,11 @@
 """What is kept of drawn tokens: the same ids, read or made, and never from a damaged file."""
 
+import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +150,34 @@ def test_too_little_text_is_told_again_from_the_cache(
     assert sum(encoded) == sum(encoded[:calls])
 
 
-def test_processes_may_write_one_entry_at_once(cache: Path, corpus: Corpus, tokenizer: Any) -> None:
-    draws = [Drawn(np.arange(n, dtype=np.int32), n) for n in range(1000, 1040)]
-    with ThreadPoolExecutor(4) as pool:
-        # One process writes through one temporary name; others have their own.
-        list(pool.map(lambda drawn: keep_drawn(f"{drawn.pieces % 7}", drawn), draws[:7]))
-        for drawn in draws:
-            keep_drawn("same", drawn)
-            found = read_drawn("same")
-            assert found.pieces == drawn.pieces
-            assert np.array_equal(found.ids, drawn.ids)
+DRAW = """
+import hashlib, sys
+from transformers import AutoTokenizer
+from bitplan.probe.text import load_text, tokenize
+text, model = sys.argv[1:]
+corpus, tokenizer = load_text((text,)), AutoTokenizer.from_pretrained(model)
+for tokens in range(500, 15_000, 500):
+    ids = tokenize(corpus, tokenizer, "train", tokens=tokens, seq_len=50, seed=1)
+    print(hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_draw_at_once_draw_what_one_does(
+    cache: Path, corpus: Corpus, tokenizer: Any, text_directory: Path, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", DRAW, str(text_directory), str(tmp_path / "model")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0].split() for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    shutil.rmtree(cache)
+    expected = [
+        hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        for tokens in range(500, 15_000, 500)
+        for ids in [tokenize(corpus, tokenizer, "train", **ASKED | {"tokens": tokens})]
+    ]
+    assert printed == [expected] * 2
     assert not [path for path in cache.iterdir() if path.suffix != ".safetensors"]
 
 

@@ -1,12 +1,15 @@
 """Conversion touches every planned site, nothing else, shares the weights, and has an inverse."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bitplan.errors import PlanError, TrainingError
 from bitplan.formats import Format, parse_format
@@ -170,6 +173,32 @@ def test_frozen_weights_are_rounded_and_stay(build: Callable[[str], Any], quanti
     assert (factor is None) == (quantizer == "absmax")
     # A frozen weight keeps its values; how it is rounded is still trained.
     assert factor is None or not torch.equal(factor, torch.ones_like(factor))
+
+
+def test_frozen_tied_and_shared_weights_train_under_ddp(
+    build: Callable[[str], Any], tmp_path: Path
+) -> None:
+    plain, wrapped = build("llama"), build("llama")
+    for model in (plain, wrapped):
+        model.model.layers[1] = model.model.layers[0]
+        model.model.layers[0].mlp.requires_grad_(False)
+        formats = everything(model) | {Site("lm_head", "weight"): W}
+        convert(model, formats, {s: "lac" for s in formats if s.operand == "input"})
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(wrapped)
+        for _ in range(2):  # DDP finds what had no gradient as the second pass begins
+            for model in (plain, parallel):
+                model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    found = dict(wrapped.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name].grad, parameter.grad)
+        else:
+            assert found[name].grad is None
 
 
 def test_a_model_all_frozen_is_refused(build: Callable[[str], Any]) -> None:
