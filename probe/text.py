@@ -37,6 +37,7 @@ SHARES: dict[Split, float] = {"calibration": 0.1, "heldout": 0.1, "train": 0.8}
 SPLIT_DOCUMENTS = 20  # fewer documents than this are cut, more are dealt out whole
 PIECE_BYTES = 8192
 _BATCH_PIECES = 32
+_TOKEN_BYTES = 2  # few tokenizers spend more tokens on text than one for each two bytes
 _VERSION = 1  # of what `tokenize` does with a text: with another, nothing kept is used
 
 
@@ -137,40 +138,52 @@ def tokenize(
     seq_len: int,
     seed: int,
     batch_size: int = 1,
+    apart: bool = False,
 ) -> Tensor:
     """Return at least `tokens` tokens of a split as full windows, [sequences, seq_len] int64.
 
-    The seed chooses the text; reading stops when there is enough. Raises DataError where the split
-    is too short, with what to do where it has not even `batch_size` sequences.
+    The seed chooses the text; reading stops when there is enough. `apart`: of a longer draw, every
+    so-manieth window, so that as far as there is text no two come from one piece; what they say of
+    a model is then nearly independent. Raises DataError where the split is too short, with what to
+    do where it has not even `batch_size` sequences.
     """
     sequences = -(-tokens // seq_len)
-    drawn = _draw(corpus, tokenizer, split, sequences * seq_len, seed)
-    if len(drawn) >= sequences * seq_len:
-        return torch.from_numpy(drawn[: sequences * seq_len].astype(np.int64)).view(-1, seq_len)
+    stride = -(-PIECE_BYTES // (_TOKEN_BYTES * seq_len)) if apart else 1
+    ids = _draw(corpus, tokenizer, split, stride * sequences * seq_len, seed)
+    if len(ids) >= sequences * seq_len:
+        stride = min(stride, len(ids) // seq_len // sequences)
+        windows = ids[: stride * sequences * seq_len].reshape(-1, seq_len)
+        return torch.from_numpy(windows[::stride].astype(np.int64))
     raise DataError(
         f"{sequences * seq_len:,} tokens were asked of the {split} part of {corpus.source}, which "
-        f"has {len(drawn):,}{_advice(len(drawn), seq_len, batch_size)}"
+        f"has {len(ids):,}{_advice(len(ids), seq_len, batch_size)}"
     )
+
+
+def stream_tokens(
+    corpus: Corpus, tokenizer: Any, split: Split, *, seed: int
+) -> Iterator[list[int]]:
+    """Yield the token ids of a split, batches of pieces in the order that the seed chooses."""
+    for batch in _batches(corpus, split, seed):
+        yield list(itertools.chain.from_iterable(_encode(tokenizer, batch)))
 
 
 def _draw(corpus: Corpus, tokenizer: Any, split: Split, tokens: int, seed: int) -> Ids:
     """Return at least `tokens` token ids of a split in the order of a seed, or all it has."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    key = draw_key(tokenizer, [_VERSION, PIECE_BYTES, corpus.content_hash, split, seed, end])
+    facts = [_VERSION, PIECE_BYTES, corpus.content_hash, split, seed, _end_of_text(tokenizer)]
+    key = draw_key(tokenizer, facts)
     kept = read_drawn(key)
     if len(kept.ids) >= tokens:
         return kept.ids
-    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
-    random.Random(seed).shuffle(pieces)
-    parts, found, read = [kept.ids], len(kept.ids), kept.pieces
-    while found < tokens and read < len(pieces):
-        batch = pieces[read : read + _BATCH_PIECES]
-        for ids in _encode(tokenizer, batch, end):
-            parts.append(np.array(ids, dtype=np.int32))
-            found += len(ids)
-        read += len(batch)
-    drawn = Drawn(np.concatenate(parts), read)
-    if read > kept.pieces:
+    parts, found, pieces = [kept.ids], len(kept.ids), kept.pieces
+    for batch in _batches(corpus, split, seed, first=kept.pieces):
+        more = itertools.chain.from_iterable(_encode(tokenizer, batch))
+        parts.append(np.fromiter(more, dtype=np.int32))
+        found, pieces = found + len(parts[-1]), pieces + len(batch)
+        if found >= tokens:
+            break
+    drawn = Drawn(np.concatenate(parts), pieces)
+    if pieces > kept.pieces:
         keep_drawn(key, drawn)
     return drawn.ids
 
@@ -187,9 +200,25 @@ def _advice(found: int, seq_len: int, batch_size: int) -> str:
     )
 
 
-def _encode(tokenizer: Any, pieces: Sequence[Span], end: int | None) -> Iterator[list[int]]:
+def _batches(
+    corpus: Corpus, split: Split, seed: int, *, first: int = 0
+) -> Iterator[Sequence[Span]]:
+    """Yield a split's pieces from number `first` on, in the order of a seed, some at once."""
+    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
+    random.Random(seed).shuffle(pieces)
+    for start in range(first, len(pieces), _BATCH_PIECES):
+        yield pieces[start : start + _BATCH_PIECES]
+
+
+def _encode(tokenizer: Any, pieces: Sequence[Span]) -> Iterator[list[int]]:
     """Yield each piece's token ids, the end-of-text token last where the tokenizer has one."""
+    end = _end_of_text(tokenizer)
     texts = [piece.read() for piece in pieces]
     # verbose: a text longer than the model's window is no mistake here.
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         yield [*ids, end] if end is not None else ids
+
+
+def _end_of_text(tokenizer: Any) -> int | None:
+    found: int | None = tokenizer.eos_token_id
+    return found if found is not None else tokenizer.sep_token_id

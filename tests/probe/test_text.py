@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -116,6 +117,22 @@ def test_the_seed_and_the_text_alone_decide(tokenizer, text_directory, tmp_path)
 def test_tokens_are_rounded_up_to_whole_windows(tokenizer, text_directory):
     corpus = load_text((str(text_directory),))
     assert tokenize(corpus, tokenizer, "heldout", tokens=101, seq_len=50, seed=0).shape == (3, 50)
+
+
+def test_windows_apart_are_spread_over_a_longer_draw(tokenizer, tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text("".join(f"line {n}\n" for n in range(300_000)))
+    corpus = load_text((str(path),))
+    draw = partial(tokenize, corpus, tokenizer, "heldout", seq_len=100, seed=0)
+    # A piece gives at most so many windows, at two bytes a token.
+    stride = -(-PIECE_BYTES // 200)
+    far = draw(tokens=1000, apart=True)
+    assert torch.equal(far, draw(tokens=1000 * stride)[::stride])
+    # With less text than that, as far apart as it goes.
+    held = draw(tokens=sum(span.end - span.start for span in corpus.splits["heldout"]))
+    few = draw(tokens=100 * (len(held) // 3), apart=True)
+    assert torch.equal(few, held[::3][: len(few)])
+    assert torch.equal(held, draw(tokens=held.numel(), apart=True))
 
 
 def test_too_little_text_says_how_much_there_is(tokenizer, text_directory):

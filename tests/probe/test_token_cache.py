@@ -40,9 +40,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = text._encode
 
-    def noting(tokenizer: Any, pieces: Any, end: Any) -> Any:
+    def noting(tokenizer: Any, pieces: Any) -> Any:
         seen.append(len(pieces))
-        return real(tokenizer, pieces, end)
+        return real(tokenizer, pieces)
 
     monkeypatch.setattr(text, "_encode", noting)
     return seen
