@@ -10,8 +10,8 @@ gradient times H; that of the rounding goes straight through, as everywhere (qua
 
 H is the Kronecker product of matrices of order 32 and less, which are applied one after the other:
 n log(size) work in two or three small matrix products. (One by one, the butterflies of order 2 took
-three to five times as long on a CPU.) Running such a model needs the same transform before the linear; the
-weight is rotated once. No export target has a place for that.
+three to five times as long on a CPU.) Running such a model needs the same transform before the
+linear; the weight is rotated once. No export target has a place for that.
 """
 
 from typing import Any

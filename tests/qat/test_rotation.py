@@ -52,6 +52,19 @@ def test_it_is_the_product_with_the_matrix_and_its_own_inverse(
     torch.testing.assert_close(found.norm(), x.norm())
 
 
+@pytest.mark.parametrize("width", [1024, 1536, 2048, 4096])
+def test_wide_blocks_are_products_of_smaller_ones(width: int) -> None:
+    x = random(3, width, dtype=torch.float64)
+    torch.testing.assert_close(rotate(x), x @ matrix(width))
+
+
+def test_autocast_does_not_narrow_it() -> None:
+    x = random(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rotate(x)
+    assert torch.equal(found, rotate(x))
+
+
 @pytest.mark.parametrize(
     ("width", "size"), [(1536, 512), (8960, 256), (11008, 256), (40, 8), (7, 1)]
 )
