@@ -205,8 +205,8 @@ def profile(
     "quantizers",
     multiple=True,
     metavar="GLOB=NAME",
-    help="Train scales: lwc, lsq (weights), lac (inputs) or absmax.  [default: lac for inputs "
-    "from 256 elements a scale on]",
+    help="Train scales: lwc, lsq (weights), lac (inputs) or absmax; or rotate both operands: "
+    "hadamard.  [default: lac for inputs from 256 elements a scale on]",
 )
 @option(
     PlanOptions,
@@ -393,7 +393,12 @@ def plan(
     help="Start from random weights of this config.json (or its directory), not the checkpoint.",
 )
 @data_option
-@list_option(VerifyOptions, "arms", "--arms", help="Arms to train.  [default: all]")
+@list_option(
+    VerifyOptions,
+    "arms",
+    "--arms",
+    help="Arms to train; w4a4-hadamard (fc2 rotated) only if named.  [default: all others]",
+)
 @click.option(
     "--attribute",
     is_flag=True,

@@ -43,7 +43,8 @@ data_option = click.option(
     "--data",
     multiple=True,
     metavar="PATH",
-    help="Text file or directory; may be repeated.  [default: Python's standard library]",
+    help="Text, Parquet or JSON Lines, a directory of them, or hf://datasets/OWNER/NAME; "
+    "PATH::COLUMN names a text column; may be repeated.  [default: Python's standard library]",
 )
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python code run."

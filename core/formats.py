@@ -20,6 +20,7 @@ weights).
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,6 +75,10 @@ class Format:
             case _:
                 return float(self.bits)
 
+    def short_group(self, in_features: int) -> int:
+        """Return the elements of the shorter group that rows end in, 0 where groups divide them."""
+        return 0 if self.group_size is None else in_features % self.group_size
+
 
 BF16 = Format("bf16", "bf16", 16, "none", scale_bits=0)
 _NAMED = {
@@ -127,6 +132,18 @@ def parse_formats(names: Iterable[str]) -> tuple[Format, ...]:
     if not formats:
         raise FormatError(f"no format was given: write a list such as {DEFAULT_LOW},{DEFAULT_HIGH}")
     return formats
+
+
+def short_groups_note(sites: Iterable[tuple[Format, int]]) -> list[str]:
+    """Return a note on the sites, (format, in_features), whose groups do not divide their rows."""
+    short = Counter((fmt.group_size, row) for fmt, row in sites if fmt.short_group(row))
+    if not short:
+        return []
+    which = ", ".join(f"groups of {size} in rows of {row:,}" for size, row in sorted(short))
+    return [
+        f"rows of {short.total()} sites end in a shorter group ({which}): it has a scale of its "
+        "own, counted in the bits, and no export target runs it"
+    ]
 
 
 def _spell_groups(name: str) -> list[str]:

@@ -20,7 +20,7 @@ class ProfileOptions:
     model: str
     """Hugging Face directory or hub name, GGUF file, or (weights only) safetensors file."""
     data: tuple[str, ...] = ()
-    """Text files or directories; empty: the sources of Python's standard library."""
+    """Text, tables or data sets (probe/documents.py); empty: Python's standard library."""
     tokens: int = 16_384
     """Calibration tokens to run."""
     seq_len: int = 512
@@ -70,7 +70,7 @@ class PlanOptions:
     per_role: bool = False
     """One format per role and operand."""
     quantizers: tuple[str, ...] = ()
-    """GLOB=NAME: how training finds scales; default: lac for inputs of groups from 256 on."""
+    """GLOB=NAME: how training rounds; default: lac for inputs of groups from 256 on."""
     measure: int = 0
     """Measure the plan whole, and at most these many plans to refine it; 0: predict alone."""
     tokens: float | None = None
@@ -114,7 +114,7 @@ class VerifyOptions:
     from_scratch: str | None = None
     """A config.json or its directory: arms start from its random weights, not the checkpoint."""
     data: tuple[str, ...] = ()
-    """Text files or directories; empty: the sources of Python's standard library."""
+    """Text, tables or data sets (probe/documents.py); empty: Python's standard library."""
     arms: tuple[str, ...] = ()
     """Arms to train; empty: all."""
     attribute: bool = False

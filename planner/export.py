@@ -25,6 +25,7 @@ from bitplan.planner.export_modelopt import modelopt
 from bitplan.planner.export_torchao import torchao, torchao_qat
 from bitplan.planner.layers import Group, Layer
 from bitplan.planner.plan import Plan, read_plan
+from bitplan.planner.quantizers import HADAMARD
 from bitplan.planner.stage import plan_of
 from bitplan.planner.targets import Target, check_family, find_target, some
 from bitplan.rundir import RunDir, write_all
@@ -99,6 +100,12 @@ def export_plan(run: Path, name: str, output: Path | None = None) -> Exported:
     with directory.lock():
         check_family(target, directory.manifest.get("model", {}).get("family"))
         plan = read_plan(directory)
+        if rotated := [site for site, q in plan.quantizers.items() if q == HADAMARD]:
+            raise PlanError(
+                f"{target.name} ({target.library}) cannot run this plan: {len(rotated)} sites are "
+                f"rotated ({HADAMARD}), {rotated[0]} first, and no target has a place for the "
+                "transform of the input; plan again without that --quantizer"
+            )
         layers = read_layers(plan, directory.read_table(PROFILE.file))
         if found := target.objections(layers):
             raise PlanError(

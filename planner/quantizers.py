@@ -4,6 +4,7 @@
     lwc      weights: a factor per scale, trained, on the AbsMax scale
     lac      inputs: a factor per group index, trained, the same for all tokens, on the AbsMax scale
     lsq      weights: the step itself is trained, from where it was at the start
+    hadamard both operands of a linear: absmax after a rotation that spreads outliers over channels
 
 A format says which numbers there are; a quantizer says how they are laid over the values, which
 matters in training alone. Following the paper (arXiv 2505.14302), inputs with 256 elements or more
@@ -11,14 +12,14 @@ to a scale are `lac` and all else is `absmax`, unless a plan says otherwise. The
 is in qat/quantizers.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format, Operand
 from bitplan.planner.pins import Described, matching
 
-ABSMAX = "absmax"
+ABSMAX, HADAMARD = "absmax", "hadamard"
 COARSE = 256
 """Elements to a scale from which on inputs are `lac`: the paper's threshold."""
 
@@ -38,6 +39,7 @@ QUANTIZERS = {
         Quantizer("lwc", ("weight",)),
         Quantizer("lac", ("input",)),
         Quantizer("lsq", ("weight",)),
+        Quantizer(HADAMARD, ("weight", "input")),
     )
 }
 
@@ -74,6 +76,7 @@ def named_quantizers(sites: Iterable[Described], texts: Sequence[str]) -> dict[s
         matched = [fitting[i].site for i in matching(glob, fitting, f"--quantizer {text!r}")]
         found |= dict.fromkeys(matched, quantizer.name)
     _check_shared(listed, found)
+    _check_rotated(listed, found)
     return found
 
 
@@ -88,4 +91,16 @@ def _check_shared(sites: Sequence[Described], found: dict[str, str]) -> None:
             raise PlanError(
                 f"--quantizer splits {' and '.join(names.values())}, which are one tensor: name "
                 "all that read it"
+            )
+
+
+def _check_rotated(sites: Sequence[Described], found: Mapping[str, str]) -> None:
+    """Raise PlanError where one operand of a linear would be rotated and not the other."""
+    listed = {site.site for site in sites}
+    for site in sites:
+        partner = f"{site.module}:{'input' if site.operand == 'weight' else 'weight'}"
+        if HADAMARD == found.get(site.site) != found.get(partner) and partner in listed:
+            raise PlanError(
+                f"--quantizer rotates {site.site} ({HADAMARD}) and not {partner}: a rotation is of "
+                f"both operands, write {site.module}={HADAMARD}"
             )

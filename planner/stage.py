@@ -17,7 +17,7 @@ import polars as pl
 
 from bitplan.errors import PlanError, RunError
 from bitplan.forecast import check_values
-from bitplan.formats import Operand, parse_formats
+from bitplan.formats import Operand, parse_formats, short_groups_note
 from bitplan.law import read_laws
 from bitplan.options import PlanOptions
 from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
@@ -27,7 +27,7 @@ from bitplan.planner.converge import converge
 from bitplan.planner.frontier import FRONTIER_FILE, frontier
 from bitplan.planner.plan import PLAN_FILE, Measured, Plan, Predicted, read_plan
 from bitplan.planner.problem import Ints, Problem, read_problem
-from bitplan.planner.quantizers import named_quantizers
+from bitplan.planner.quantizers import HADAMARD, named_quantizers
 from bitplan.planner.reasons import explain, misleading_kurtosis
 from bitplan.planner.refine import kl_of, stderr_of
 from bitplan.planner.rules import RULES, find_rule
@@ -176,6 +176,12 @@ def plan_of(
     points = frontier(problem, primary, others, choice)
     if options.rule is not None:
         limits = []
+    quantizers = named_quantizers(problem.sites, options.quantizers)
+    if rotated := {site.rpartition(":")[0] for site, q in quantizers.items() if q == HADAMARD}:
+        said.append(
+            f"{len(rotated)} linears are rotated in training ({HADAMARD}): predictions and what "
+            "--measure measures are without it, and no export target runs it"
+        )
     plan = Plan(
         made_by=_made_by(options),
         sites=explain(problem, choice, limits, options.rule),
@@ -188,7 +194,7 @@ def plan_of(
         pins=options.pins,
         shares=options.shares,
         per_role=options.per_role,
-        quantizers=named_quantizers(problem.sites, options.quantizers),
+        quantizers=quantizers,
         advice=None if law is None else advise(problem, choice, law, factors),
         notes=(*notes, *said, *_facts(problem, choice, limits, factors), *_weights_note(directory)),
         provenance=directory.provenance(),
@@ -401,6 +407,9 @@ def _facts(
             "time counts the planned linears at the published dense rate: a lower bound; rates: "
             f"{device.source}"
         )
+    used_formats = (problem.formats[f] for f in choice)
+    rows = (site.in_features for site in problem.sites)
+    notes += short_groups_note(zip(used_formats, rows, strict=True))
     if count := int(misleading_kurtosis(problem).sum()):
         notes.append(f"{count} inputs have high kurtosis but low sensitivity: see their reasons")
     return notes

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitplan.errors import BitplanError, CheckpointError, PlanError
 from bitplan.probe.blocks import PartedModel
@@ -85,6 +85,16 @@ def num_non_embedding_parameters(model: Any) -> int:
     modules += [head] if (head := model.get_output_embeddings()) is not None else []
     embeddings = {id(p) for module in modules for p in module.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+
+
+def check_vocabulary(model: Any, ids: Tensor, source: str) -> None:
+    """Raise CheckpointError where a model has no embedding for a token that its tokenizer wrote."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (largest := int(ids.max())) >= vocabulary:
+        raise CheckpointError(
+            f"{source}: its tokenizer writes token {largest}, its embedding has {vocabulary}: they "
+            "do not belong together; give the tokenizer that the model was trained with"
+        )
 
 
 def resolve_device(name: str) -> torch.device:

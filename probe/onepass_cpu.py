@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bitplan.formats import Format
+from bitplan.probe.cache import cache_dir
 from bitplan.probe.histogram import _BINS, _LOWEST, _SHIFT
 from bitplan.probe.totals import Totals
 
@@ -116,7 +117,7 @@ def _compiled() -> Path:
     command = _compiler()
     source = _SOURCE.read_bytes()
     key = hashlib.sha256(source + repr((command, _FLAGS, _processor())).encode()).hexdigest()
-    path = _cache() / f"onepass-{key[:16]}.so"
+    path = cache_dir() / f"onepass-{key[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,12 +145,6 @@ def _compiler() -> list[str]:
         if found := shutil.which(name):
             return [found]
     raise OSError("no C compiler was found: install one, or name it in CC")
-
-
-def _cache() -> Path:
-    if chosen := os.environ.get("BITPLAN_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitplan"
 
 
 def _processor() -> str:

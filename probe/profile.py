@@ -25,6 +25,7 @@ from bitplan.probe.blocks import PartedModel
 from bitplan.probe.channels import channel_overlap
 from bitplan.probe.checkpoint import (
     Checkpoint,
+    check_vocabulary,
     float32_bytes,
     hash_files,
     identify,
@@ -288,12 +289,7 @@ def _calibration_ids(checkpoint: Checkpoint, corpus: Corpus, options: ProfileOpt
         seq_len=options.seq_len,
         seed=options.seed,
     )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if (largest := int(ids.max())) >= vocabulary:
-        raise CheckpointError(
-            f"{options.model}: its tokenizer writes token {largest}, its embedding has "
-            f"{vocabulary}: they do not belong together"
-        )
+    check_vocabulary(model, ids, options.model)
     return ids
 
 

@@ -1,59 +1,44 @@
-"""Text: files to token windows, the same ones wherever they are read.
+"""Text: documents to token windows, the same ones wherever they are read.
 
-A corpus is a list of spans of files, found without holding any of them in memory. Its three splits
-never share text: from SPLIT_FILES files on whole files are dealt out, below that every file is cut
-into contiguous parts. Files are ordered by the hash of their content, not by their place on disk,
-and equal files count once, so that the same texts give the same tokens anywhere.
+A corpus is a list of spans of files, found (documents.py) without holding any of them in memory.
+Its three splits never share text: from SPLIT_DOCUMENTS documents on whole ones are dealt out, below
+that each is cut into contiguous parts. Documents are ordered by the hash of their content, not by
+their place, and equal ones count once. So the same documents give the same hash, the same splits
+and the same tokens as text files, Parquet, Arrow or JSON Lines, under whatever names and in
+whatever order.
 
 `tokenize` cuts its split into pieces at line ends, shuffles them by the seed, and joins as many as
-are needed with the end-of-text token between them: a longer draw begins with the shorter one.
+are needed with the end-of-text token between them: a longer draw begins with the shorter one. What
+was drawn once is kept (token_cache.py).
 The default text is the source of the running Python's standard library without its tests: real,
 always there, no download.
 """
 
-import codecs
 import hashlib
 import itertools
-import os
 import random
-import sysconfig
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitplan.errors import DataError
+from bitplan.probe.documents import Span, Unpacked, find_documents
+from bitplan.probe.token_cache import Drawn, Ids, draw_key, keep_drawn, read_drawn
 
 Split = Literal["calibration", "train", "heldout"]
 
-# Shares of the text, in the order in which files or parts of files are dealt out.
+# Shares of the text, in the order in which documents or parts of documents are dealt out.
 SHARES: dict[Split, float] = {"calibration": 0.1, "heldout": 0.1, "train": 0.8}
-SPLIT_FILES = 20  # fewer files than this are cut, more are dealt out whole
+SPLIT_DOCUMENTS = 20  # fewer documents than this are cut, more are dealt out whole
 PIECE_BYTES = 8192
-# Reading on would take longer than profiling; a corpus is cut here and says so in its notes.
-MAX_CORPUS_BYTES = 1 << 30
 _BATCH_PIECES = 32
 _TOKEN_BYTES = 2  # few tokenizers spend more tokens on text than one for each two bytes
-_BUFFER_BYTES = 1 << 20
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Span:
-    """The bytes from `start` to `end` of a text file; both lie on ends of lines or characters."""
-
-    path: Path
-    start: int
-    end: int
-
-    def read(self) -> str:
-        """Return the text of the span."""
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.end - self.start).decode("utf-8")
+_VERSION = 1  # of what `tokenize` does with a text: with another, nothing kept is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,115 +52,49 @@ class Corpus:
     content_hash: str
     splits: dict[Split, tuple[Span, ...]]
     notes: tuple[str, ...] = ()
+    unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
+    """Keeps the texts that are no files; they go with it."""
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    size: int
-    digest: str
+def load_text(names: tuple[str, ...] = ()) -> Corpus:
+    """Return the corpus of what --data names; of nothing, Python's standard library.
 
-
-def load_text(paths: tuple[str, ...] = ()) -> Corpus:
-    """Return the corpus of text files and directories; of none, Python's standard library.
-
-    Directories are searched whole; hidden files, and files in them that are not UTF-8 text, are
-    left out and counted. Raises DataError where a path is missing, where a file that was named is
-    empty or not text, and where nothing is left.
+    Documents are found as documents.py says. Raises DataError as that does, and where no document
+    is left.
     """
-    source = ", ".join(paths) if paths else "Python standard library"
-    named = [Path(path).expanduser() for path in paths]
-    found: dict[str, _File] = {}
-    skipped = total = 0
-    notes: list[str] = []
-    for path, is_named in _candidates(named):
-        file = _scan(path, is_named=is_named)
-        if file is None:
-            skipped += 1
-            continue
-        if file.size and file.digest not in found:
-            total += file.size
-            found[file.digest] = file
-        if total > MAX_CORPUS_BYTES:
-            notes.append(f"only the first {MAX_CORPUS_BYTES >> 30} GiB of text were read")
-            break
-    if not found:
-        raise DataError(f"no text in {source}: give UTF-8 text files or directories of them")
-    if skipped:
-        notes.append(f"{skipped} files that are not UTF-8 text were left out")
-    files = [found[digest] for digest in sorted(found)]
+    source = ", ".join(names) if names else "Python standard library"
+    found = find_documents(names)
+    if not found.spans:
+        raise DataError(
+            f"no text in {source}: give UTF-8 text, or Parquet or JSON Lines with a text column, "
+            "in files or directories of them"
+        )
+    digests = sorted(found.spans)
+    whole = hashlib.sha256()
+    for digest in digests:
+        whole.update(digest.hex().encode())
     return Corpus(
         source=source,
-        content_hash=hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:32],
-        splits=_split(files),
-        notes=tuple(notes),
+        content_hash=whole.hexdigest()[:32],
+        splits=_split([found.spans[digest] for digest in digests]),
+        notes=tuple(found.notes),
+        unpacked=found.unpacked,
     )
 
 
-def _candidates(named: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
-    """Yield files in a fixed order, and whether the user named them one by one."""
-    if not named:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        for path in _walk(root, skipped=_STDLIB_SKIPPED):
-            if path.suffix == ".py":
-                yield path, False
-    for path in named:
-        if path.is_dir():
-            for inner in _walk(path):
-                yield inner, False
-        elif path.exists():
-            yield path, True
-        else:
-            raise DataError(f"no text at {path}: there is no such file or directory")
-
-
-def _walk(root: Path, *, skipped: Collection[str] = ()) -> Iterator[Path]:
-    """Yield a directory's files, sorted, without hidden ones and the skipped directories."""
-    for place, directories, files in os.walk(root):
-        kept = (d for d in directories if not d.startswith(".") and d not in skipped)
-        directories[:] = sorted(kept)
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(place, name)
-
-
-def _scan(path: Path, *, is_named: bool) -> _File | None:
-    """Hash a file and check that it is text, in pieces; None or DataError where it is not."""
-    digest, decoder, size = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_BUFFER_BYTES):
-                if b"\0" in chunk:
-                    raise UnicodeError("it holds NUL bytes")
-                decoder.decode(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-                if size > MAX_CORPUS_BYTES:
-                    break
-            else:
-                decoder.decode(b"", final=True)
-    except (OSError, UnicodeError) as error:
-        if is_named:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise DataError(f"cannot use {path} as text: {reason}") from error
-        return None
-    if size == 0 and is_named:
-        raise DataError(f"cannot use {path} as text: it is empty")
-    return _File(path, size, digest.hexdigest())
-
-
-def _split(files: Sequence[_File]) -> dict[Split, tuple[Span, ...]]:
-    """Deal files out to the splits, or cut each where there are few."""
+def _split(documents: Sequence[Span]) -> dict[Split, tuple[Span, ...]]:
+    """Deal documents out to the splits, or cut each where there are few."""
     splits: dict[Split, list[Span]] = {split: [] for split in SHARES}
     edges = [0.0, *itertools.accumulate(SHARES.values())]
-    if len(files) >= SPLIT_FILES:
-        cuts = [round(edge * len(files)) for edge in edges]
+    if len(documents) >= SPLIT_DOCUMENTS:
+        cuts = [round(edge * len(documents)) for edge in edges]
         for split, (first, last) in zip(SHARES, itertools.pairwise(cuts), strict=True):
-            splits[split] = [Span(file.path, 0, file.size) for file in files[first:last]]
+            splits[split] = list(documents[first:last])
     else:
-        for file in files:
-            cuts = [round(edge * file.size) for edge in edges]
-            for split, span in zip(SHARES, _cut(file.path, cuts), strict=True):
+        for whole in documents:
+            size = whole.end - whole.start
+            cuts = [whole.start + round(edge * size) for edge in edges]
+            for split, span in zip(SHARES, _cut(whole.path, cuts), strict=True):
                 splits[split].append(span)
     return {split: tuple(spans) for split, spans in splits.items()}
 
@@ -201,6 +120,8 @@ def _boundary(file: IO[bytes], offset: int, end: int) -> int:
 
 def _pieces(span: Span) -> list[Span]:
     """Cut a span into pieces of about PIECE_BYTES."""
+    if 0 < span.end - span.start <= PIECE_BYTES:
+        return [span]
     return [
         piece
         for piece in _cut(span.path, [*range(span.start, span.end, PIECE_BYTES), span.end])
@@ -216,28 +137,26 @@ def tokenize(
     tokens: int,
     seq_len: int,
     seed: int,
+    batch_size: int = 1,
     apart: bool = False,
 ) -> Tensor:
     """Return at least `tokens` tokens of a split as full windows, [sequences, seq_len] int64.
 
     The seed chooses the text; reading stops when there is enough. `apart`: of a longer draw, every
     so-manieth window, so that as far as there is text no two come from one piece; what they say of
-    a model is then nearly independent. Raises DataError where the split is too short.
+    a model is then nearly independent. Raises DataError where the split is too short, with what to
+    do where it has not even `batch_size` sequences.
     """
     sequences = -(-tokens // seq_len)
     stride = -(-PIECE_BYTES // (_TOKEN_BYTES * seq_len)) if apart else 1
-    ids: list[int] = []
-    for more in stream_tokens(corpus, tokenizer, split, seed=seed):
-        ids.extend(more)
-        if len(ids) >= stride * sequences * seq_len:
-            break
+    ids = _draw(corpus, tokenizer, split, stride * sequences * seq_len, seed)
     if len(ids) >= sequences * seq_len:
         stride = min(stride, len(ids) // seq_len // sequences)
-        windows = torch.tensor(ids[: stride * sequences * seq_len]).view(-1, seq_len)
-        return windows[::stride].contiguous()
+        windows = ids[: stride * sequences * seq_len].reshape(-1, seq_len)
+        return torch.from_numpy(windows[::stride].astype(np.int64))
     raise DataError(
         f"{sequences * seq_len:,} tokens were asked of the {split} part of {corpus.source}, which "
-        f"has {len(ids):,}: give more text with --data, or ask for fewer tokens"
+        f"has {len(ids):,}{_advice(len(ids), seq_len, batch_size)}"
     )
 
 
@@ -245,21 +164,61 @@ def stream_tokens(
     corpus: Corpus, tokenizer: Any, split: Split, *, seed: int
 ) -> Iterator[list[int]]:
     """Yield the token ids of a split, batches of pieces in the order that the seed chooses."""
-    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
-    random.Random(seed).shuffle(pieces)
-    for batch in _batches(pieces):
+    for batch in _batches(corpus, split, seed):
         yield list(itertools.chain.from_iterable(_encode(tokenizer, batch)))
 
 
-def _batches(pieces: Sequence[Span]) -> Iterator[Sequence[Span]]:
-    for first in range(0, len(pieces), _BATCH_PIECES):
-        yield pieces[first : first + _BATCH_PIECES]
+def _draw(corpus: Corpus, tokenizer: Any, split: Split, tokens: int, seed: int) -> Ids:
+    """Return at least `tokens` token ids of a split in the order of a seed, or all it has."""
+    facts = [_VERSION, PIECE_BYTES, corpus.content_hash, split, seed, _end_of_text(tokenizer)]
+    key = draw_key(tokenizer, facts)
+    kept = read_drawn(key)
+    if len(kept.ids) >= tokens:
+        return kept.ids
+    parts, found, pieces = [kept.ids], len(kept.ids), kept.pieces
+    for batch in _batches(corpus, split, seed, first=kept.pieces):
+        more = itertools.chain.from_iterable(_encode(tokenizer, batch))
+        parts.append(np.fromiter(more, dtype=np.int32))
+        found, pieces = found + len(parts[-1]), pieces + len(batch)
+        if found >= tokens:
+            break
+    drawn = Drawn(np.concatenate(parts), pieces)
+    if pieces > kept.pieces:
+        keep_drawn(key, drawn)
+    return drawn.ids
+
+
+def _advice(found: int, seq_len: int, batch_size: int) -> str:
+    """Say what to do about too few tokens: asking for fewer helps down to one batch."""
+    if found >= batch_size * seq_len:
+        return ": give more text with --data, or ask for fewer tokens"
+    batch = f"one batch of {batch_size} sequences" if batch_size > 1 else "one sequence"
+    smaller = "--batch-size or --seq-len" if batch_size > 1 else "--seq-len"
+    return (
+        f", less than {batch} of {seq_len} tokens: give more text with --data, or a smaller "
+        f"{smaller}"
+    )
+
+
+def _batches(
+    corpus: Corpus, split: Split, seed: int, *, first: int = 0
+) -> Iterator[Sequence[Span]]:
+    """Yield a split's pieces from number `first` on, in the order of a seed, some at once."""
+    pieces = [piece for span in corpus.splits[split] for piece in _pieces(span)]
+    random.Random(seed).shuffle(pieces)
+    for start in range(first, len(pieces), _BATCH_PIECES):
+        yield pieces[start : start + _BATCH_PIECES]
 
 
 def _encode(tokenizer: Any, pieces: Sequence[Span]) -> Iterator[list[int]]:
     """Yield each piece's token ids, the end-of-text token last where the tokenizer has one."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    end = _end_of_text(tokenizer)
     texts = [piece.read() for piece in pieces]
     # verbose: a text longer than the model's window is no mistake here.
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         yield [*ids, end] if end is not None else ids
+
+
+def _end_of_text(tokenizer: Any) -> int | None:
+    found: int | None = tokenizer.eos_token_id
+    return found if found is not None else tokenizer.sep_token_id

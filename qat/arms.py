@@ -8,7 +8,8 @@ weights in common with w4a16) are one training.
 
 Attribution arms are w4a4 but for the inputs, or the weights, of one role, which take the cheapest
 format of 8 bits. What an arm gives back of w4a4's delta is what that role and operand cost: whether
-FC2's inputs are the bottleneck is measured and not assumed.
+FC2's inputs are the bottleneck is measured and not assumed. `w4a4-hadamard` keeps FC2 at 4 bits and
+rotates it, so that its delta can be held against that of w4a4-fc2-input-8.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ class Arm:
     name: str
     formats: Callable[[Plan], Formats]
     meaning: str
+    rotated: str | None = None
+    """A role whose operands are rotated before they are rounded (rotation.py)."""
 
 
 def lowest(plan: Plan, operand: Operand) -> Format:
@@ -116,6 +119,17 @@ _ROWS = (
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ROWS}
 
+# Trained where they are named, and no part of the verdict.
+_EXTRA_ROWS = (
+    Arm(
+        f"{UNIFORM}-hadamard",
+        _uniform("weight", "input"),
+        "w4a4 with a Hadamard rotation before fc2: the other way than 8 bits there",
+        rotated="fc2",
+    ),
+)
+EXTRA_ARMS: dict[str, Arm] = {arm.name: arm for arm in _EXTRA_ROWS}
+
 # R is the delta of the first arm over that of the second.
 RATIOS = {"before": ("w16a4", "w4a16"), "after": ("planned-inputs", "planned-weights")}
 
@@ -139,10 +153,11 @@ def attribution_arms(plan: Plan) -> dict[tuple[str, Operand], Arm]:
 
 
 def select_arms(names: tuple[str, ...]) -> tuple[Arm, ...]:
-    """Return the named arms in the table's order; of no names, all.
+    """Return the named arms in the tables' order; of no names, all but the extra ones.
 
-    Raises BitplanError for a name that is not in the table.
+    Raises BitplanError for a name that is not in the tables.
     """
-    if unknown := [name for name in names if name not in ARMS]:
-        raise BitplanError(f"no arm {', '.join(unknown)}: the arms are {', '.join(ARMS)}")
-    return tuple(arm for arm in _ROWS if not names or arm.name in names)
+    known = {**ARMS, **EXTRA_ARMS}
+    if unknown := [name for name in names if name not in known]:
+        raise BitplanError(f"no arm {', '.join(unknown)}: the arms are {', '.join(known)}")
+    return tuple(arm for arm in known.values() if arm.name in (names or ARMS))

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitplan.errors import PlanError
 from bitplan.formats import Format
-from bitplan.planner.quantizers import ABSMAX, QUANTIZERS
+from bitplan.planner.quantizers import ABSMAX, HADAMARD, QUANTIZERS
 from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.qat.fused import warn_without_kernel
 from bitplan.qat.quantizers import (
@@ -32,6 +32,7 @@ from bitplan.qat.quantizers import (
     factor_shape,
     first_step,
 )
+from bitplan.qat.rotation import Rotated, block_size
 from bitplan.sites import OPERANDS, Site
 
 
@@ -50,8 +51,8 @@ class ConversionReport:
 class FakeQuantizedLinear(nn.Linear):
     """A linear whose input and weight are rounded to their formats in the forward pass."""
 
-    quantize_input: InputQuantizer | None = None
-    quantize_weight: WeightQuantizer | None = None
+    quantize_input: InputQuantizer | Rotated | None = None
+    quantize_weight: WeightQuantizer | Rotated | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of the rounded operands; [..., in] to [..., out]."""
@@ -61,8 +62,8 @@ class FakeQuantizedLinear(nn.Linear):
 class FakeQuantizedConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types
     """GPT-2's linear, weight [in, out], with both operands rounded; groups run along `in`."""
 
-    quantize_input: InputQuantizer | None = None
-    quantize_weight: WeightQuantizer | None = None
+    quantize_input: InputQuantizer | Rotated | None = None
+    quantize_weight: WeightQuantizer | Rotated | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of the rounded operands; [..., in] to [..., out]."""
@@ -75,8 +76,8 @@ def _multiply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    quantize_input: InputQuantizer | None,
-    quantize_weight: WeightQuantizer | None,
+    quantize_input: InputQuantizer | Rotated | None,
+    quantize_weight: WeightQuantizer | Rotated | None,
 ) -> Tensor:
     if quantize_input is not None:
         x = quantize_input(x)
@@ -99,7 +100,8 @@ def convert(
     """Make `model` compute under `formats`, in place; return what became of every site.
 
     quantizers: the sites whose scales are trained, and by which quantizer; all else is `absmax`.
-    Their factors are parameters of the linear, `input_factor` and `weight_factor`.
+    Their factors are parameters of the linear, `input_factor` and `weight_factor`. `hadamard` at
+    any site of a linear rotates both its operands (rotation.py).
 
     Raises PlanError, before anything is changed, for a site that the model lacks, a format that
     does not fit its operand or its quantizer, or a module that cannot be swapped.
@@ -121,10 +123,14 @@ def convert(
     _check_quantizers(quantized, trained)
     if any(module.weight().is_cuda for module in found):
         warn_without_kernel()
+    rotated = {site.module for site, name in trained.items() if name == HADAMARD}
+    _check_rotated(found, rotated)
     restore(model)  # what an earlier plan converted
     found = find_linears(model)
     readers = Counter(
-        (module.linear.fused, quantized.get(module.linear.site("input"))) for module in found
+        (module.linear.fused, quantized.get(module.linear.site("input")))
+        for module in found
+        if module.linear.module not in rotated
     )
     shared: dict[tuple[str, Format], InputQuantizer] = {}
     for module in found:
@@ -134,7 +140,11 @@ def convert(
         if input_format is None and weight_format is None:
             continue
         new = _swapped(module.module, _SWAPS)
-        quantize_input = quantize_weight = None
+        quantize_input: InputQuantizer | Rotated | None = None
+        quantize_weight: WeightQuantizer | Rotated | None = None
+        if linear.module in rotated:
+            quantize_input, quantize_weight = Rotated(input_format), Rotated(weight_format)
+            weight_format = input_format = None
         if input_format is not None:
             key = (linear.fused or linear.module, input_format)
             if key not in shared:
@@ -242,10 +252,21 @@ def _check_quantizers(quantized: Mapping[Site, Format], trained: Mapping[Site, s
     for site, name in trained.items():
         if name not in QUANTIZERS or site.operand not in QUANTIZERS[name].operands:
             raise PlanError(f"{name} at {site}: this quantizer is not one for {site.operand}s")
-        if quantized[site].kind != "int":
+        if name != HADAMARD and quantized[site].kind != "int":
             raise PlanError(
                 f"{name} at {site}: it trains the scales of integers, and {quantized[site]} has "
                 f"scales of its own; take {ABSMAX}"
+            )
+
+
+def _check_rotated(found: list[LinearModule], rotated: set[str]) -> None:
+    """Raise PlanError where a rotation would mix nothing."""
+    for module in found:
+        width = module.linear.in_features
+        if module.linear.module in rotated and block_size(width) == 1:
+            raise PlanError(
+                f"{HADAMARD} at {module.linear.module}: a rotation mixes powers of two of the "
+                f"input's channels, and {width} is odd; take {ABSMAX}"
             )
 
 

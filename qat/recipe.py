@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitplan.errors import TrainingError
 from bitplan.qat.quantizers import FACTORS
 
 Schedule = Literal["cosine", "wsd"]
@@ -90,10 +91,13 @@ def _compiled_losses() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW over all parameters, with weight decay on the matrices alone.
+    """Return AdamW over what is not frozen, with weight decay on the matrices alone.
 
-    Each group keeps its peak learning rate as `peak_lr`, which the schedule multiplies.
+    Each group keeps its peak learning rate as `peak_lr`, which the schedule multiplies. Raises
+    TrainingError where every parameter is frozen.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError("nothing to train: every parameter is frozen (requires_grad is False)")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     factors = [p for name, p in named if name.endswith(FACTORS)]
     weights = [p for name, p in named if not name.endswith(FACTORS)]

@@ -20,17 +20,24 @@ import torch
 from torch import Tensor
 
 from bitplan.errors import BitplanError, CheckpointError, PlanError
+from bitplan.formats import short_groups_note
 from bitplan.options import VerifyOptions
 from bitplan.planner.plan import Plan, read_plan
-from bitplan.planner.quantizers import ABSMAX, default_quantizer
-from bitplan.probe.checkpoint import Checkpoint, load_profiled, resolve_device
+from bitplan.planner.quantizers import ABSMAX, HADAMARD, default_quantizer
+from bitplan.probe.checkpoint import (
+    Checkpoint,
+    check_vocabulary,
+    load_profiled,
+    resolve_device,
+)
 from bitplan.probe.modules import find_linears
-from bitplan.probe.text import Corpus, load_text, tokenize
+from bitplan.probe.text import Corpus, Split, load_text, tokenize
 from bitplan.qat import record as files
 from bitplan.qat import verdict as arithmetic
 from bitplan.qat.arms import (
     ARMS,
     BASELINE,
+    EXTRA_ARMS,
     RATIOS,
     UNIFORM,
     Arm,
@@ -89,7 +96,7 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
                 f"{', '.join(plan.formats)}: plan again with an 8-bit format in --formats"
             )
         # Arms of an earlier --attribute stay in the verdict.
-        table = {**ARMS, **{arm.name: arm for arm in spared}}
+        table = {**ARMS, **EXTRA_ARMS, **{arm.name: arm for arm in spared}}
         jobs = _jobs(plan, table, checkpoint, start, corpus, recipe, options, str(device))
         wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
         looks = Looks(options.confidence, options.seeds if options.until_settled else None)
@@ -185,30 +192,36 @@ def _jobs(
     """Return every arm's jobs, one per seed; seeds differ in their batches, arms do not."""
     tokens = recipe.steps * recipe.batch_size * recipe.seq_len
 
-    def ids(split: Any, count: int, seed: int, *, apart: bool = False) -> Tensor:
-        return tokenize(
+    def ids(
+        split: Split, count: int, seed: int, *, batch_size: int = 1, apart: bool = False
+    ) -> Tensor:
+        drawn = tokenize(
             corpus,
             checkpoint.tokenizer,
             split,
             tokens=count,
             seq_len=recipe.seq_len,
             seed=seed,
+            batch_size=batch_size,
             apart=apart,
         )
+        # The profile met other text, and from scratch this is another model.
+        check_vocabulary(start.model(options.seed), drawn, start.source)
+        return drawn
 
     # One seed for all, and not the first of the seeds: more seeds later meet the same text. Apart:
     # windows of one text are alike, and tell less for as many tokens.
     heldout = ids("heldout", options.eval_tokens, 0, apart=True)
     linears = {item.linear.module: item.linear for item in find_linears(checkpoint.model)}
     seeds = range(options.seed, options.seed + options.seeds)
-    train = {seed: ids("train", tokens, seed) for seed in seeds}
+    train = {seed: ids("train", tokens, seed, batch_size=recipe.batch_size) for seed in seeds}
     return {
         arm.name: [
             Job(
                 arm=arm.name,
                 seed=seed,
                 formats=(formats := arm.formats(plan)),
-                quantizers=_quantizers(plan, formats, linears),
+                quantizers=_quantizers(plan, arm, formats, linears),
                 recipe=recipe,
                 train=train[seed],
                 heldout=heldout,
@@ -226,10 +239,13 @@ def _jobs(
     }
 
 
-def _quantizers(plan: Plan, formats: Formats, linears: Mapping[str, Linear]) -> dict[Site, str]:
-    """Return the sites whose scales an arm trains: as the plan names them, or by default."""
+def _quantizers(
+    plan: Plan, arm: Arm, formats: Formats, linears: Mapping[str, Linear]
+) -> dict[Site, str]:
+    """Return the sites whose scales an arm trains: as it or the plan names them, or by default."""
     found = {
-        site: plan.quantizers.get(str(site))
+        site: (HADAMARD if linears[site.module].role == arm.rotated else None)
+        or plan.quantizers.get(str(site))
         or default_quantizer(fmt, site.operand, linears[site.module].in_features)
         for site, fmt in formats.items()
         if site.module in linears  # convert refuses the others
@@ -370,7 +386,7 @@ def _judge(
         attribution=_attribution(plan, paired, looks),
         noise=arithmetic.noise(losses, BASELINE, looks),
         needed=more,
-        notes=_notes(seeds, checkpoint, corpus, options),
+        notes=_notes(seeds, plan, checkpoint, corpus, options),
         plan_id=plan.plan_id,
         provenance=directory.provenance()
         | {"text": {"source": corpus.source, "content_hash": corpus.content_hash}},
@@ -440,7 +456,7 @@ def _formats_text(plan: Plan, arm: Arm) -> str:
 
 
 def _notes(
-    seeds: int, checkpoint: Checkpoint, corpus: Corpus, options: VerifyOptions
+    seeds: int, plan: Plan, checkpoint: Checkpoint, corpus: Corpus, options: VerifyOptions
 ) -> tuple[str, ...]:
     notes = []
     if options.from_scratch is not None:
@@ -456,4 +472,20 @@ def _notes(
         notes.append(
             f"The checkpoint's {checkpoint.weights_note}: what the weights cost is on top of that."
         )
+    items = {item.linear.module: item for item in find_linears(checkpoint.model)}
+    chosen = ((Site.parse(choice.site), choice.format) for choice in plan.sites)
+    sites = [(site, fmt) for site, fmt in chosen if site.module in items]
+    notes += short_groups_note((fmt, items[site.module].linear.in_features) for site, fmt in sites)
+    if options.from_scratch is None:
+        model: Any = checkpoint.model
+        embedding = model.get_input_embeddings()
+        for site, fmt in sites:
+            module = items[site.module].module
+            if module is embedding or module.weight is not embedding.weight:
+                continue
+            if site.operand == "weight" and fmt.is_quantized:
+                notes.append(
+                    f"{site.module} shares its weight with the embedding: it is {fmt} where it "
+                    "multiplies and whole where it is looked up"
+                )
     return (*notes, *corpus.notes)

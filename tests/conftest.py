@@ -1,15 +1,20 @@
-"""What all tests share: one thread a process, and a text that is the same on every machine."""
+"""What all tests share: one thread a process, a cache of their own, the same text everywhere."""
 
+import atexit
 import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
 
 # Threads that wait for each other cost more than they bring here. Before torch is first imported,
 # and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
-
-import random
-from pathlib import Path
-
-import pytest
+# What an earlier version kept must not stand in for what this one does.
+os.environ["BITPLAN_CACHE"] = tempfile.mkdtemp(prefix="bitplan-tests-")
+atexit.register(shutil.rmtree, os.environ["BITPLAN_CACHE"], ignore_errors=True)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

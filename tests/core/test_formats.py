@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitplan.errors import BitplanError, FormatError
-from bitplan.formats import BF16, parse_format, parse_formats
+from bitplan.formats import BF16, parse_format, parse_formats, short_groups_note
 
 SPELLINGS = st.one_of(
     st.sampled_from(["bf16", "fp8-e4m3", "nvfp4", "mxfp4"]),
@@ -81,3 +81,20 @@ def test_a_star_stands_for_every_group_size() -> None:
     for wrong in ("int4-g*8", "int9-g*", "nvfp4-g*", "-g*"):
         with pytest.raises(FormatError, match="unknown format"):
             parse_formats([wrong])
+
+
+@given(SPELLINGS, st.integers(1, 5000))
+def test_the_short_group_is_what_whole_groups_leave(text: str, in_features: int) -> None:
+    fmt = parse_format(text)
+    rest = in_features
+    while fmt.group_size is not None and rest >= fmt.group_size:
+        rest -= fmt.group_size
+    assert fmt.short_group(in_features) == (0 if fmt.group_size is None else rest)
+
+
+def test_short_groups_are_told_in_one_note() -> None:
+    g128, g32, token = map(parse_format, ("int4-g128", "int4-g32", "int4-token"))
+    assert short_groups_note([(g128, 1024), (g32, 96), (token, 100), (BF16, 100)]) == []
+    (note,) = short_groups_note([(g128, 576), (g128, 576), (g32, 576), (g128, 1600), (token, 9)])
+    assert note.startswith("rows of 3 sites end in a shorter group")
+    assert "(groups of 128 in rows of 576, groups of 128 in rows of 1,600)" in note

@@ -9,6 +9,7 @@ import pytest
 from bitplan.errors import PlanError
 from bitplan.formats import parse_format
 from bitplan.options import PlanOptions
+from bitplan.planner.export import export_plan
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantizers import default_quantizer
 from bitplan.planner.stage import make_plan
@@ -44,6 +45,19 @@ def test_a_plan_names_quantizers_by_glob(tables: Callable[..., Any], tmp_path: P
     assert Plan.from_json(plan.as_json()) == plan
 
 
+def test_a_rotated_plan_says_so_and_is_not_exported(
+    tables: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tables(2).write(tmp_path / "run")
+    plan = make_plan(run, PlanOptions(quantizers=("fc2=hadamard",))).plan
+    assert set(plan.quantizers) == {s.site for s in plan.sites if s.role == "fc2"}
+    (note,) = [note for note in plan.notes if "rotated" in note]
+    assert note.startswith("2 linears are rotated in training (hadamard)")
+    with pytest.raises(PlanError, match="cannot run this plan: 4 sites are rotated"):
+        export_plan(run, "torchao")
+    assert not (run / "export").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -52,6 +66,9 @@ def test_a_plan_names_quantizers_by_glob(tables: Callable[..., Any], tmp_path: P
         ("fc9=lac", "matches no site"),
         ("fc2:input=lwc", "matches no site"),
         ("*q_proj=lac", "which are one tensor"),
+        ("*q_proj=hadamard", "which are one tensor"),
+        ("fc2:input=hadamard", "a rotation is of both operands"),
+        ("fc2:weight=hadamard", "a rotation is of both operands"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -50,6 +50,14 @@ def test_without_options_it_spends_what_fc2_spends(run: Path) -> None:
     assert fc2.plan.optimality_gap is None
 
 
+def test_groups_that_do_not_divide_a_row_are_told_once(run: Path) -> None:
+    made = make_plan(run, PlanOptions())
+    (note,) = [note for note in made.plan.notes if "shorter group" in note]
+    assert note.startswith("rows of 42 sites")  # all: rows are 64 or 160 long
+    free = make_plan(run, PlanOptions(pins=("*=bf16", "*down_proj:*=int8-g128")))
+    assert any(note.startswith("rows of 6 sites") for note in free.plan.notes)
+
+
 def test_the_plan_uses_what_was_measured_and_says_so(run: Path) -> None:
     site, path = "model.layers.0.mlp.down_proj:input", run / "sensitivity.parquet"
     estimates = pl.read_parquet(path)

@@ -33,6 +33,7 @@ _SIZES = {
 _GROUPED = {**_SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_GROUPED),
+    "narrow": lambda: transformers.LlamaConfig(**_GROUPED | {"vocab_size": 100}),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **_GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16
     ),

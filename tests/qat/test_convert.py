@@ -1,21 +1,27 @@
 """Conversion touches every planned site, nothing else, shares the weights, and has an inverse."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bitplan.errors import PlanError
+from bitplan.errors import PlanError, TrainingError
 from bitplan.formats import Format, parse_format
 from bitplan.probe.modules import find_linears
+from bitplan.probe.recorder import Recorder
 from bitplan.qat.convert import FakeQuantizedLinear, convert, restore
 from bitplan.qat.recipe import Recipe, make_optimizer
 from bitplan.quantize import quantize_dequantize
 from bitplan.sites import PLANNED_ROLES, Site
 
 FAMILIES = ["llama", "gpt2", "bert", "qwen3_moe"]
+IDS = torch.arange(40).view(2, 20) + 60
 W, A = parse_format("int4-g16"), parse_format("int8-g24")
 
 
@@ -29,9 +35,8 @@ def everything(model: nn.Module, weight: Format = W, inputs: Format = A) -> dict
 
 
 def logits(model: Any) -> Tensor:
-    ids = torch.arange(40).view(2, 20) + 60
     with torch.no_grad():
-        out: Tensor = model(input_ids=ids).logits
+        out: Tensor = model(input_ids=IDS).logits
     return out
 
 
@@ -110,6 +115,96 @@ def test_a_tied_embedding_stays_as_it_is(build: Callable[[str], Any]) -> None:
     expected = hidden @ quantize_dequantize(model.lm_head.weight.detach(), W).T
     torch.testing.assert_close(model.lm_head(hidden), expected)
     assert dict(report.converted) == {head: W}
+
+
+def test_a_tied_weight_gets_the_gradients_of_both_its_uses(build: Callable[[str], Any]) -> None:
+    model, apart = build("llama"), build("llama")
+    apart.lm_head.weight = nn.Parameter(apart.lm_head.weight.detach().clone())
+    for each in (model, apart):
+        convert(each, {Site("lm_head", "weight"): W})
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    uses = apart.lm_head.weight.grad + apart.model.embed_tokens.weight.grad
+    torch.testing.assert_close(model.lm_head.weight.grad, uses)
+
+
+def test_a_block_that_runs_twice_is_two_blocks_of_one_weight(build: Callable[[str], Any]) -> None:
+    model, apart = build("llama"), build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    apart.load_state_dict(model.state_dict())
+    seen = []
+    for each in (model, apart):
+        formats = everything(each)
+        convert(each, formats, {site: "lac" for site in formats if site.operand == "input"})
+        with Recorder(each, formats=()) as recorder:
+            loss = each.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
+            loss.backward()
+            recorder.step()
+        inputs = recorder.frame().filter(pl.col("site").str.ends_with("down_proj:input"))
+        seen.append((loss, inputs["count"].sum(), inputs["absmax"].max(), len(inputs)))
+    (loss, count, largest, once), (expected, other_count, other_largest, twice) = seen
+    assert torch.equal(loss, expected)
+    assert (once, twice) == (1, 2)
+    assert (count, largest) == (other_count, other_largest)
+    block, others = model.model.layers[0].named_parameters(), apart.model.layers
+    for name, parameter in block:
+        first, second = (other.get_parameter(name).grad for other in others)
+        torch.testing.assert_close(parameter.grad, first + second)
+
+
+@pytest.mark.parametrize("quantizer", ["absmax", "lwc", "lsq"])
+def test_frozen_weights_are_rounded_and_stay(build: Callable[[str], Any], quantizer: str) -> None:
+    model, free = build("llama"), build("llama")
+    frozen = [name for name, _ in model.named_parameters() if "layers.0" in name]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    before = {name: model.get_parameter(name).clone() for name in frozen}
+    formats = everything(model)
+    named = {site: quantizer for site in formats if site.operand == "weight"}
+    losses = []
+    for each in (model, free):
+        convert(each, formats, named)
+        losses.append(each(input_ids=IDS, labels=IDS).loss)
+    assert torch.equal(*losses)
+    losses[0].backward()
+    make_optimizer(model, Recipe(steps=1, batch_size=1, seq_len=8, lr=1e-2)).step()
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in frozen)
+    assert not torch.equal(model.lm_head.weight, free.lm_head.weight)
+    factor = model.model.layers[0].mlp.down_proj._parameters.get("weight_factor")
+    assert (factor is None) == (quantizer == "absmax")
+    # A frozen weight keeps its values; how it is rounded is still trained.
+    assert factor is None or not torch.equal(factor, torch.ones_like(factor))
+
+
+def test_frozen_tied_and_shared_weights_train_under_ddp(
+    build: Callable[[str], Any], tmp_path: Path
+) -> None:
+    plain, wrapped = build("llama"), build("llama")
+    for model in (plain, wrapped):
+        model.model.layers[1] = model.model.layers[0]
+        model.model.layers[0].mlp.requires_grad_(False)
+        formats = everything(model) | {Site("lm_head", "weight"): W}
+        convert(model, formats, {s: "lac" for s in formats if s.operand == "input"})
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(wrapped)
+        for _ in range(2):  # DDP finds what had no gradient as the second pass begins
+            for model in (plain, parallel):
+                model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    found = dict(wrapped.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name].grad, parameter.grad)
+        else:
+            assert found[name].grad is None
+
+
+def test_a_model_all_frozen_is_refused(build: Callable[[str], Any]) -> None:
+    model = build("llama").requires_grad_(False)
+    with pytest.raises(TrainingError, match="every parameter is frozen"):
+        make_optimizer(model, Recipe(steps=1, batch_size=1, seq_len=8, lr=1e-2))
 
 
 def test_bf16_sites_are_kept_and_the_unplanned_ones_are_listed(build: Callable[[str], Any]) -> None:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from bitplan.cli import main
 from bitplan.errors import BitplanError, CheckpointError, DataError, PlanError, RunError
+from bitplan.formats import parse_format
 from bitplan.options import VerifyOptions
 from bitplan.qat import train, verify
 from bitplan.qat.arms import ARMS, attribution_arms
@@ -375,9 +376,45 @@ def test_bad_input_is_told_and_leaves_everything_as_it_was(
     with pytest.raises(RunError, match="no run directory"):
         verify_plan(tmp_path / "nothing", at.options)
 
+    (tmp_path / "short.txt").write_text("alpha beta gamma delta\n" * 80)
+    little = {"data": (str(tmp_path / "short.txt"),), "eval_tokens": 32}
+    batch = "less than one batch of 80 sequences of 32 tokens: .* a smaller --batch-size or --seq"
+    refused(DataError, batch, steps=1, batch_size=80, **little)
+    refused(DataError, r"has [\d,]+: give more text .* or ask for fewer", steps=40, **little)
+    little |= {"seq_len": 128, "eval_tokens": 1}
+    (tmp_path / "short.txt").write_text("alpha beta gamma delta\n" * 40)
+    refused(DataError, "heldout part .* less than one sequence of 128 tokens: .* --seq", **little)
+
     bert = ready("bert", name="bert")
     with pytest.raises(CheckpointError, match="predicts no next token"):
         verify_plan(bert.run, bert.options)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_training(ready: Make) -> None:
+    at = ready("narrow")
+    before = mtimes(at.run)
+    with pytest.raises(CheckpointError, match=r"token \d{3}, its embedding has 100: they do not"):
+        verify_plan(at.run, at.options)
+    assert mtimes(at.run) == before
+
+
+def test_short_groups_and_a_tied_head_are_told_once(ready: Make) -> None:
+    at = ready(steps=1, seeds=1, arms=("bf16",))
+    # Rows of 32 elements are two groups of 16, those of 40, FC2's, two and a half.
+    short = "rows of 4 sites end in a shorter group (groups of 16 in rows of 40)"
+    notes = verify_plan(at.run, at.options).notes
+    assert [short in note for note in notes].count(True) == 1
+    assert not any("embedding" in note for note in notes)
+
+    sites = tuple(
+        replace(choice, format=parse_format("int4-g16"))
+        if choice.site == "lm_head:weight"
+        else choice
+        for choice in at.plan.sites
+    )
+    RunDir.open(at.run).write_json("plan.json", replace(at.plan, sites=sites).as_json())
+    (tied,) = [note for note in verify_plan(at.run, at.options).notes if "embedding" in note]
+    assert tied.startswith("lm_head shares its weight with the embedding: it is int4-g16 where")
 
 
 def test_a_plan_for_another_checkpoint_is_refused(ready: Make) -> None:
