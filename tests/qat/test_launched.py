@@ -1,0 +1,126 @@
+"""Several processes train what one does, and whatever is killed goes on to the same weights."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from polars.testing import assert_frame_equal
+
+from bitplan.probe.checkpoint import load_checkpoint
+from bitplan.qat import record as files
+from bitplan.qat.arms import ARMS
+from bitplan.qat.recipe import Recipe
+from bitplan.qat.train import Job
+from bitplan.rundir import RunDir
+
+from . import launched
+from .launched import Case
+
+WORKER = Path(__file__).parent / "launched.py"
+RECIPE = Recipe(steps=5, batch_size=4, seq_len=24, lr=1e-3)
+
+WHOLE = (
+    Case("one"),
+    Case("two", 2),
+    Case("four", 4),
+    Case("one-in-parts", accumulate=3),
+    Case("two-in-parts", 2, accumulate=2),
+    Case("two-sharded", 2, sharded=True),
+    Case("two-sharded-in-parts", 2, sharded=True, accumulate=2),
+)
+KILLED = tuple(
+    Case(f"{after}-killed-{i}", *processes, kill=kill)
+    for i, kill in enumerate(launched.KILLS)
+    for after, processes in (("one", (1,)), ("two", (2,)))
+) + tuple(
+    Case(f"two-sharded-killed-{i}", 2, sharded=True, kill=kill, kill_rank=rank)
+    for i, (kill, rank) in enumerate(
+        [
+            ("as the fourth step begins", 1),
+            ("within the third write", 0),
+            ("within the third write", 1),
+            ("before a state is in its place", 0),
+        ]
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def job(checkpoints: Callable[[str], Path]) -> Job:
+    """A job that trains the scales of every site, some of which q, k and v share."""
+    from .conftest import make_plan
+
+    model = load_checkpoint(str(checkpoints("llama")), device="cpu").model
+    formats = ARMS["planned"].formats(make_plan(model, {}, high=("fc2",)))
+    generator = torch.Generator().manual_seed(0)
+    return Job(
+        arm="planned",
+        seed=3,
+        formats=formats,
+        quantizers={
+            site: ("lac" if site.operand == "input" else "lsq" if i % 3 else "lwc")
+            for i, site in enumerate(formats)
+        },
+        recipe=RECIPE,
+        train=torch.randint(0, 257, (20, 24), generator=generator),
+        heldout=torch.randint(0, 257, (11, 24), generator=generator),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(
+    job: Job, checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What all cases left, in one start of Python."""
+    root = tmp_path_factory.mktemp("launched")
+    model = load_checkpoint(str(checkpoints("llama")), device="cpu").model
+    empty = RunDir.create(root / "empty")
+    with empty.lock():
+        empty.finish("profile", {}, [])
+    cases = [launched.Case(**vars(case)) for case in (*WHOLE, *KILLED)]
+    given = pickle.dumps((model, job, cases))
+    (root / "given.pkl").write_bytes(given)
+    repository = Path(__file__).parents[2]
+    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.qat.launched", str(root)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def tables(root: Path, name: str) -> dict[str, pl.DataFrame]:
+    place = root / name / launched.ARMS
+    return {
+        table: pl.read_parquet(place / table).drop("seconds", strict=False)
+        for table in files.TABLE_FILES
+    }
+
+
+@pytest.mark.parametrize("case", WHOLE[1:], ids=lambda case: case.name)
+def test_any_number_of_processes_trains_what_one_does(runs: Path, case: Case) -> None:
+    found, want = tables(runs, case.name), tables(runs, "one")
+    for name, frame in want.items():
+        assert_frame_equal(found[name], frame, rel_tol=2e-4, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("case", KILLED, ids=lambda case: f"{case.name}: {case.kill}")
+def test_a_killed_training_ends_in_the_same_weights_to_the_bit(runs: Path, case: Case) -> None:
+    whole = case.name.partition("-killed")[0]
+    assert (runs / case.name / "weights").read_text() == (runs / whole / "weights").read_text()
+    for name, frame in tables(runs, whole).items():
+        assert tables(runs, case.name)[name].equals(frame), name
+    left = {path.name for path in (runs / case.name / launched.ARMS).iterdir()}
+    assert left == {*files.TABLE_FILES, files.RECORD_FILE}
