@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from bitplan.qat import record as files
@@ -91,6 +92,7 @@ KILLS: dict[str, Callable[[], None]] = {
 
 def use_fsdp2(accelerator: Any) -> None:
     """Shard as `accelerate launch --use_fsdp --fsdp_version 2` does, which knows GPUs alone."""
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

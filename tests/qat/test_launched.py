@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -35,20 +34,24 @@ WHOLE = (
     Case("two-sharded", 2, sharded=True),
     Case("two-sharded-in-parts", 2, sharded=True, accumulate=2),
 )
-KILLED = tuple(
-    Case(f"{after}-killed-{i}", *processes, kill=kill)
-    for i, kill in enumerate(launched.KILLS)
-    for after, processes in (("one", (1,)), ("two", (2,)))
-) + tuple(
-    Case(f"two-sharded-killed-{i}", 2, sharded=True, kill=kill, kill_rank=rank)
-    for i, (kill, rank) in enumerate(
-        [
-            ("as the fourth step begins", 1),
-            ("within the third write", 0),
-            ("within the third write", 1),
-            ("before a state is in its place", 0),
-        ]
-    )
+# Who is killed, and where; all processes of a launch die with one.
+OF_TWO = (
+    ("as the fourth step begins", 1),
+    ("within the third write", 0),
+    ("before the record is written", 0),
+)
+OF_SHARDED = (
+    ("within the third write", 0),
+    ("within the third write", 1),
+    ("before a state is in its place", 0),
+)
+KILLED = (
+    *(Case(f"one-killed-{i}", kill=kill) for i, kill in enumerate(launched.KILLS)),
+    *(Case(f"two-killed-{i}", 2, kill=kill, kill_rank=r) for i, (kill, r) in enumerate(OF_TWO)),
+    *(
+        Case(f"two-sharded-killed-{i}", 2, sharded=True, kill=kill, kill_rank=r)
+        for i, (kill, r) in enumerate(OF_SHARDED)
+    ),
 )
 
 
