@@ -26,8 +26,8 @@ def check_launch(accelerator: Accelerator) -> None:
     wrong = kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if wrong or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise TrainingError(
-            f"trained with {kind.value}, which is not supported: use accelerate launch --multi_gpu, "
-            "or --use_fsdp --fsdp_version 2"
+            f"launched for {kind.value}, which verify does not support: launch it with "
+            "--multi_gpu, or with --use_fsdp --fsdp_version 2"
         )
 
 

@@ -83,7 +83,7 @@ class Writers:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], index: int) -> "Writers":
-        """Return all processes where the state holds shards, and the first one where it does not."""
+        """Return all processes where the state holds shards, the first one where it does not."""
         sharded = any(_is_sharded(leaf) for leaf in _leaves(state))
         return cls(index, dist.get_world_size() if sharded else 1)
 
@@ -108,8 +108,9 @@ def read_state(path: Path) -> dict[str, Any]:
             for file in files
         ]
     except Exception as error:  # torch raises what its unpickler meets: any of many classes
+        said = str(error).partition(". ")[0]  # torch goes on about how to open pickles anyway
         raise RunError(
-            f"{path} cannot be read ({error}): delete it to start this arm anew"
+            f"{path} cannot be read ({said}): delete it to start this arm anew"
         ) from error
     state: dict[str, Any] = _merged(pieces)
     return state

@@ -173,10 +173,12 @@ def _what_fits(run: RunDir, model: nn.Module, job: Job, accelerator: Accelerator
     while _rows(job, accelerator) > 1:
         parts *= 2
         job = replace(job, accumulate=parts)
+        rows = _rows(job, accelerator)
         fits = accelerator.num_processes > 1 or _fits(run, model, job, accelerator)
         if fits:
             found = "try" if accelerator.num_processes > 1 else f"{_passes(job, accelerator)} fit:"
-            return f"{found} --accumulate {parts}, which trains the same"
+            enough = -(-job.recipe.batch_size // (accelerator.num_processes * rows))
+            return f"{found} --accumulate {enough}, which trains the same"
     return f"try --seq-len {job.recipe.seq_len // 2}, or more GPUs (accelerate launch --use_fsdp)"
 
 

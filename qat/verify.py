@@ -71,6 +71,7 @@ def _verify(run: Path, options: VerifyOptions) -> Verdict:
     select_arms(options.arms)  # a wrong name is said before anything is loaded
     recipe = _recipe(options)
     device = resolve_device(options.device)
+    devices = training_devices(options, device)
     directory = RunDir.open(run)
     with directory.lock():
         plan = read_plan(directory)
@@ -99,7 +100,7 @@ def _verify(run: Path, options: VerifyOptions) -> Verdict:
         table = {**ARMS, **{arm.name: arm for arm in spared}}
         jobs = _jobs(plan, table, checkpoint, start, corpus, recipe, options, str(device))
         wanted = (*select_arms(options.arms), *(spared if options.attribute else ()))
-        _train(directory, start, jobs, wanted, options, device)
+        _train(directory, start, jobs, wanted, options, devices)
         verdict = _judge(directory, plan, table, jobs, checkpoint, corpus, options)
         directory.write_json(VERDICT_FILE, verdict.as_json())
         directory.write_table(TRAINED.file, _with_trained(directory, jobs, verdict))
@@ -263,7 +264,7 @@ def _train(
     jobs: Mapping[str, list[Job]],
     arms: tuple[Arm, ...],
     options: VerifyOptions,
-    device: torch.device,
+    devices: list[str],
 ) -> None:
     """Train what is not finished, seed by seed; arms of equal configurations once."""
     twins: dict[str, list[Job]] = {}
@@ -275,7 +276,7 @@ def _train(
         if _record_of(directory, job, twins) is None:
             tasks.setdefault(job.config_hash, _Task(directory.path, start, job))
     if tasks:
-        run_tasks(list(tasks.values()), training_devices(options, device), _work, "trainings")
+        run_tasks(list(tasks.values()), devices, _work, "trainings")
     for job in asked:
         record = _record_of(directory, job, twins)
         if record is not None and (record["arm"], record["seed"]) != (job.arm, job.seed):

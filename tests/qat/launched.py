@@ -1,7 +1,7 @@
 """Trainings in processes of their own, some of them killed: launched.py DIRECTORY.
 
-DIRECTORY/given.pkl holds a model, a job and cases. Each case is run in as many processes as it says,
-forked from this one, so that torch is imported once; it leaves a run directory of its name.
+DIRECTORY/given.pkl holds a model, a job and cases. Each case is run in as many processes as it
+says, forked from this one, so that torch is imported once; it leaves a run directory of its name.
 """
 
 import hashlib
@@ -168,7 +168,8 @@ def run(case: Case, directory: Path, model: Any, job: Any, kill: str | None) -> 
 
 def main(root: Path) -> None:
     model, job, cases = pickle.loads((root / "given.pkl").read_bytes())
-    for case in cases:
+    for values in cases:
+        case = Case(**values)
         directory = root / case.name
         shutil.copytree(root / "empty", directory)
         if case.kill is not None:
@@ -179,5 +180,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Objects of this module are pickled under its name in the tests.
     main(Path(sys.argv[1]))

@@ -1,25 +1,32 @@
 """Several processes train what one does, and whatever is killed goes on to the same weights."""
 
+import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 import torch
 from polars.testing import assert_frame_equal
 
+from bitplan.options import VerifyOptions, spell
 from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
 from bitplan.qat.arms import ARMS
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.train import Job
+from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir
 
 from . import launched
+from .conftest import make_plan
 from .launched import Case
 
 WORKER = Path(__file__).parent / "launched.py"
@@ -58,8 +65,6 @@ KILLED = (
 @pytest.fixture(scope="module")
 def job(checkpoints: Callable[[str], Path]) -> Job:
     """A job that trains the scales of every site, some of which q, k and v share."""
-    from .conftest import make_plan
-
     model = load_checkpoint(str(checkpoints("llama")), device="cpu").model
     formats = ARMS["planned"].formats(make_plan(model, {}, high=("fc2",)))
     generator = torch.Generator().manual_seed(0)
@@ -87,14 +92,11 @@ def runs(
     empty = RunDir.create(root / "empty")
     with empty.lock():
         empty.finish("profile", {}, [])
-    cases = [launched.Case(**vars(case)) for case in (*WHOLE, *KILLED)]
-    given = pickle.dumps((model, job, cases))
-    (root / "given.pkl").write_bytes(given)
-    repository = Path(__file__).parents[2]
-    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
+    # Cases as plain values: their class has another name where the worker is the main module.
+    cases = [asdict(case) for case in (*WHOLE, *KILLED)]
+    (root / "given.pkl").write_bytes(pickle.dumps((model, job, cases)))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.qat.launched", str(root)],
-        env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, str(WORKER), str(root)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -127,3 +129,69 @@ def test_a_killed_training_ends_in_the_same_weights_to_the_bit(runs: Path, case:
         assert tables(runs, case.name)[name].equals(frame), name
     left = {path.name for path in (runs / case.name / launched.ARMS).iterdir()}
     assert left == {*files.TABLE_FILES, files.RECORD_FILE}
+
+
+def launch(run: Path, options: VerifyOptions, processes: int = 2) -> list[tuple[int, str, str]]:
+    """Run `python -m bitplan verify` as a launcher does; exit code, stdout and stderr of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bitplan", "verify", str(run)),
+                *spell(VerifyOptions, asdict(options)),
+            ],
+            env=os.environ
+            | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            | {name: str(value) for name, value in shared.items()}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(started, said, strict=True)]
+
+
+def test_a_launched_verify_is_one_verify(ready: Callable[..., Any]) -> None:
+    asked = {"arms": ("bf16", "w4a4"), "seeds": 1}
+    alone, two = ready(**asked), ready(name="two", **asked)
+    want = verify_plan(alone.run, alone.options)
+    first, second = launch(two.run, two.options)
+    assert (first[0], second[0]) == (1, 1), (first, second)  # undetermined: arms are missing
+    assert first[1].startswith(want.as_text().splitlines()[0])
+    assert first[1].count("undetermined") == 1
+    assert second[1] == ""
+    verdict = json.loads((two.run / "verdict.json").read_text())
+    for arm in want.arms:
+        assert verdict["arms"][arm.name]["loss"] == pytest.approx(arm.loss, rel=1e-4)
+        for table in files.TABLE_FILES:
+            found, expected = (
+                pl.read_parquet(at.run / files.arm_dir(arm.name, 0) / table) for at in (two, alone)
+            )
+            seconds = "seconds"
+            assert_frame_equal(
+                found.drop(seconds, strict=False),
+                expected.drop(seconds, strict=False),
+                rel_tol=2e-4,
+                abs_tol=1e-5,
+            )
+    # It is up to date for one process too.
+    assert verify_plan(two.run, two.options).up_to_date
+
+
+def test_what_stops_the_first_process_stops_all_and_is_said_once(ready: Callable[..., Any]) -> None:
+    at = ready(workers=2)
+    first, second = launch(at.run, at.options)
+    assert (first[0], second[0]) == (2, 2), (first, second)
+    assert "error: --workers 2: the launcher says how many processes train" in first[2]
+    assert "error:" not in second[2]
+    assert not (at.run / "arms").exists()
