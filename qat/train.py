@@ -157,7 +157,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _rows(job: Job, accelerator: Accelerator) -> int:
     """Return how many sequences pass through the model of a process at once."""
-    return -(-job.recipe.batch_size // (accelerator.num_processes * job.accumulate))
+    parts: int = accelerator.num_processes * job.accumulate
+    return -(-job.recipe.batch_size // parts)
 
 
 def _passes(job: Job, accelerator: Accelerator) -> str:
@@ -287,12 +288,12 @@ class _Training:
         """Return the rows of a step that this process trains on, consecutive ones."""
         size = self.job.recipe.batch_size
         rows = self.job.train[step * size : (step + 1) * size]
-        mine = rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        mine: Tensor = rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         return mine.to(self.accelerator.device)
 
     def backward(self, batch: Tensor) -> Tensor:
         """Add the gradients of this process's rows [sequences, seq_len]; return their mean loss."""
-        parts = batch.split(_rows(self.job, self.accelerator))
+        parts = torch.split(batch, _rows(self.job, self.accelerator))
         total = torch.zeros((), device=batch.device)
         for i, part in enumerate(parts, 1):
             # Gradients are joined across processes once.
