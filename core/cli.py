@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bitplan import progress
 from bitplan.cli_law import law
 from bitplan.cli_options import (
     PATH,
@@ -23,7 +24,7 @@ from bitplan.cli_options import (
     show,
     trust_option,
 )
-from bitplan.errors import BitplanError
+from bitplan.errors import BitplanError, FirstProcessError
 from bitplan.options import PlanOptions, ProfileOptions, SweepOptions, VerifyOptions
 
 EXIT_NO = 1
@@ -36,6 +37,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except FirstProcessError:
+            ctx.exit(EXIT_BAD_INPUT)
         except BitplanError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(EXIT_BAD_INPUT)
@@ -347,6 +350,14 @@ def plan(
 )
 @option(
     VerifyOptions,
+    "accumulate",
+    "--accumulate",
+    type=click.IntRange(1),
+    show_default=True,
+    help="Parts to take a step's sequences in, for less memory; the training is the same.",
+)
+@option(
+    VerifyOptions,
     "seq_len",
     "--seq-len",
     type=click.IntRange(2),
@@ -428,12 +439,15 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
     Exit code 1 means the answer is no (activation-limited, weight-limited or undetermined).
     A killed verify continues where it stopped when it is called again.
 
+    \b
     Example: bitplan verify run --tokens 65536 --seeds 3
+    On several GPUs, all for one arm: accelerate launch -m bitplan verify run
     """
     from bitplan.qat.verify import verify_plan
 
     verdict = verify_plan(run, VerifyOptions(**options))
-    show(verdict, as_json)
+    if not progress.is_silent():
+        show(verdict, as_json)
     if verdict.verdict != "converged":
         raise click.exceptions.Exit(EXIT_NO)
 

@@ -7,7 +7,9 @@
     |-- RunError                     a run directory of another version, in use, or incomplete
     |-- PlanError                    a plan that does not fit the checkpoint, or a wrong pin
     |   `-- BudgetError              no plan meets the budget; carries the smallest that one does
-    |-- TrainingError                a training that cannot go on: non-finite loss, out of memory
+    |-- TrainingError                a training that cannot go on: out of memory, a wrong launch
+    |   `-- DivergedError            its loss or gradient is not finite; other trainings can go on
+    |-- FirstProcessError            what the first process of a launch met, and says itself
     `-- FitError                     trainings that cannot carry a fit of the law
 
 Messages say what was asked, what was found, and what to do, on one line.
@@ -48,6 +50,14 @@ class BudgetError(PlanError):
 
 class TrainingError(BitplanError):
     """A training cannot go on (non-finite loss, too little memory)."""
+
+
+class DivergedError(TrainingError):
+    """A training's loss or gradient is not finite; every process of the training raises it."""
+
+
+class FirstProcessError(BitplanError):
+    """The first process of a launch ended in an error, which it says itself."""
 
 
 class FitError(BitplanError):

@@ -101,6 +101,8 @@ class VerifyOptions:
     """Of the intervals, and of the verdict they give."""
     batch_size: int = 8
     """Sequences per optimizer step."""
+    accumulate: int = 1
+    """Parts that the sequences of a step pass through the model in, one by one."""
     seq_len: int = 256
     """Tokens per sequence."""
     eval_tokens: int = 24_576

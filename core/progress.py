@@ -22,6 +22,16 @@ def silence() -> None:
     _silent = True
 
 
+def is_silent() -> bool:
+    """Whether another process speaks for this one."""
+    return _silent
+
+
+def say(text: str) -> None:
+    """Tell of something that the user should know, on a line of stderr, silent or not."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
     """Yield the items while showing how far along they are, once that takes over two seconds."""
     if _silent:
@@ -44,9 +54,3 @@ def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterat
             )
             print(f"{label}: {done} of {total or '?'}, {now - start:.0f} s{left}", file=sys.stderr)
         yield item
-
-
-def say(text: str) -> None:
-    """Print a line on stderr."""
-    if not _silent:
-        print(text, file=sys.stderr, flush=True)

@@ -66,7 +66,7 @@ def write_all(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
         for path, temporary in staged.items():
             os.replace(temporary, path)
         for parent in {path.parent for path in staged}:
-            _sync_directory(parent)
+            sync_directory(parent)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
@@ -77,7 +77,8 @@ def write_all(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory last."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -4,7 +4,8 @@
     stats.parquet     statistics recorded during training (tables.PROFILE)
     heldout.parquet   final loss of each held-out sequence (tables.HELDOUT)
     record.json       configuration, its hash, losses, hashes, time; written last
-    state.pt          a training under way; gone when it ends
+    state-<step>/     a training under way (state.py); gone when it ends
+    stopped.json      why a training cannot go on, and under which configuration
 
 An arm is finished when its record is there with the hash of the configuration that is asked for.
 The hash covers whatever changes the numbers and nothing else, not the arm's name either, so that
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bitplan.qat.state import remove_states
 from bitplan.rundir import RunDir, write_atomic
 
 METRICS_FILE = "metrics.parquet"
 STATS_FILE = "stats.parquet"
 HELDOUT_FILE = "heldout.parquet"
 RECORD_FILE = "record.json"
-STATE_FILE = "state.pt"
+STOPPED_FILE = "stopped.json"
 TABLE_FILES = (METRICS_FILE, STATS_FILE, HELDOUT_FILE)
 
 
@@ -69,9 +71,25 @@ def heldout_losses(run: RunDir, arm: str, seed: int) -> npt.NDArray[np.float64]:
     return losses
 
 
+def stop(run: RunDir, arm: str, seed: int, config_hash: str, reason: str) -> None:
+    """Note why a training under this configuration cannot go on."""
+    value = {"config_hash": config_hash, "reason": reason}
+    run.write_json(f"{arm_dir(arm, seed)}/{STOPPED_FILE}", value)
+
+
+def stopped(run: RunDir, arm: str, seed: int, config_hash: str) -> str | None:
+    """Return why a training under exactly this configuration cannot go on, None if it can."""
+    name = f"{arm_dir(arm, seed)}/{STOPPED_FILE}"
+    if not (run.path / name).is_file():
+        return None
+    note = run.read_json(name)
+    return str(note["reason"]) if note["config_hash"] == config_hash else None
+
+
 def clean(run: RunDir, arm: str, seed: int) -> None:
-    """Remove the state of a training under way, and what a killed process left half-written."""
+    """Remove what tells of a training under way, and what a killed process left half-written."""
     directory = run.path / arm_dir(arm, seed)
-    (directory / STATE_FILE).unlink(missing_ok=True)
+    remove_states(directory)
+    (directory / STOPPED_FILE).unlink(missing_ok=True)
     for left in directory.glob(".*.tmp"):
         left.unlink(missing_ok=True)

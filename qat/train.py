@@ -1,44 +1,57 @@
 """One arm: some steps of training from the checkpoint under its formats, then the held-out loss.
 
 All arms share the recipe (recipe.py), the initial weights and, for a seed, the batches in their
-order and the dropout masks; only the formats differ. Accelerate runs them: bf16 autocast on GPUs,
-where several processes share each batch, and float32 on CPUs, where the same numbers everywhere
-count more than speed (autocast took two thirds of the time on one CPU with bf16 instructions).
+order and the dropout masks; only the formats differ. Accelerate runs them: bf16 autocast on GPUs
+and float32 on CPUs, where the same numbers everywhere count more than speed (autocast took two
+thirds of the time on one CPU with bf16 instructions).
+
+Several processes share each batch, as consecutive rows, and the held-out text; each holds the whole
+model (DDP) or a shard (FSDP2, sharded.py). The first one alone writes files, but for shards.
 
 A step depends on the weights, the optimizer's state and its own index alone. So a state written
-every minute is enough to go on after a kill with the very losses an uninterrupted run would have.
+every minute (state.py) is enough to go on after a kill with the very losses an uninterrupted run
+would have.
 """
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
 import torch
 from accelerate import Accelerator
-from accelerate.utils import patch_environment
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    patch_environment,
+)
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from bitplan.errors import RunError, TrainingError
+from bitplan.errors import DivergedError, RunError, TrainingError
 from bitplan.probe.checkpoint import num_non_embedding_parameters
 from bitplan.probe.modules import find_linears
+from bitplan.probe.ranks import whole_tensor
 from bitplan.probe.recorder import Recorder
-from bitplan.progress import track
+from bitplan.progress import say, track
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.average import TailAverage
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
+from bitplan.qat.sharded import check_launch, follow_shards, gather_in_float32, is_sharding
+from bitplan.qat.state import Writers, find_states, placed, read_state, remove_states, write_state
 from bitplan.qat.step import Step
-from bitplan.rundir import RunDir, content_hash, hardware, write_atomic
+from bitplan.rundir import RunDir, content_hash, hardware
 from bitplan.sites import Site
 from bitplan.tables import HELDOUT, METRICS, PROFILE
 
@@ -59,12 +72,17 @@ class Job:
     """[steps * batch_size, seq_len] token ids, in the order of training."""
     heldout: Tensor
     """[sequences, seq_len] token ids."""
+    accumulate: int = 1
+    """Parts of a process's rows that pass through the model one by one before a step."""
     context: Mapping[str, Any] = field(default_factory=dict)
     """Hashes of checkpoint and text, device: whatever else the numbers depend on."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What the result depends on, as a JSON value; the arm's name is no part of it."""
+        """What the result depends on, as a JSON value; the arm's name is no part of it.
+
+        Nor is `accumulate`, as little as the number of processes: both change the rounding alone.
+        """
         return {
             "recipe": {**asdict(self.recipe), "betas": list(self.recipe.betas)},
             "seed": self.seed,
@@ -85,7 +103,9 @@ def make_accelerator(device: torch.device) -> Accelerator:
     # Accelerate takes a device of the user's choice from the environment only.
     chosen = {} if device.index is None else {"ACCELERATE_TORCH_DEVICE": str(device)}
     with patch_environment(**chosen):
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    gather_in_float32(accelerator)
+    return accelerator
 
 
 def train_arm(
@@ -101,39 +121,89 @@ def train_arm(
     Goes on from the state of an interrupted training of the same job. Raises TrainingError where
     the loss stops being finite and where memory runs out; the last state stays in place.
     """
+    check_launch(accelerator)
     if job.recipe.batch_size % accelerator.num_processes:
         raise TrainingError(
             f"{job.recipe.batch_size} sequences a step cannot be shared by "
             f"{accelerator.num_processes} processes: give a multiple of that with --batch-size"
         )
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _memory(job):
-        training = _Training(run, model, job, accelerator)
+    with torch.random.fork_rng(devices=devices):
         try:
-            # Entered before the weights move: drift is told from those of the checkpoint.
-            with training.recorder:
-                training.resume()
-                training.run(save_every_s)
-                return training.finish()
-        finally:
-            del training.passes  # it and the training hold each other, and so the GPU's memory
-            accelerator.free_memory()
+            return _train(run, model, job, accelerator, save_every_s)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            said = f"arm {job.arm}, seed {job.seed}: out of memory with {_passes(job, accelerator)}"
+        # Outside the handler: its traceback holds what fills the memory.
+        raise TrainingError(f"{said}: {_what_fits(run, model, job, accelerator)}")
 
 
-@contextlib.contextmanager
-def _memory(job: Job) -> Iterator[None]:
-    """Turn running out of memory into advice."""
+def _train(
+    run: RunDir, model: nn.Module, job: Job, accelerator: Accelerator, save_every_s: float
+) -> dict[str, Any]:
+    training = _Training(run, model, job, accelerator)
     try:
-        yield
+        # Entered before the weights move: drift is told from those of the checkpoint.
+        with training.recorder:
+            training.resume()
+            training.run(save_every_s)
+            return training.finish()
+    finally:
+        del training.passes  # it and the training hold each other, and so the GPU's memory
+        accelerator.free_memory()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
+def _rows(job: Job, accelerator: Accelerator) -> int:
+    """Return how many sequences pass through the model of a process at once."""
+    parts: int = accelerator.num_processes * job.accumulate
+    return -(-job.recipe.batch_size // parts)
+
+
+def _passes(job: Job, accelerator: Accelerator) -> str:
+    return f"{_rows(job, accelerator)} sequences of {job.recipe.seq_len} tokens at once"
+
+
+def _what_fits(run: RunDir, model: nn.Module, job: Job, accelerator: Accelerator) -> str:
+    """Try a step in more and more parts; say how many are enough, or what else there is to do.
+
+    Processes that train together cannot be tried one by one: there the next number is advised.
+    """
+    parts = job.accumulate
+    while _rows(job, accelerator) > 1:
+        parts *= 2
+        job = replace(job, accumulate=parts)
+        rows = _rows(job, accelerator)
+        fits = accelerator.num_processes > 1 or _fits(run, model, job, accelerator)
+        if fits:
+            found = "try" if accelerator.num_processes > 1 else f"{_passes(job, accelerator)} fit:"
+            enough = -(-job.recipe.batch_size // (accelerator.num_processes * rows))
+            return f"{found} --accumulate {enough}, which trains the same"
+    return f"try --seq-len {job.recipe.seq_len // 2}, or more GPUs (accelerate launch --use_fsdp)"
+
+
+def _fits(run: RunDir, model: nn.Module, job: Job, accelerator: Accelerator) -> bool:
+    """Take steps with a model that is thrown away; return whether memory was enough."""
+    gc.collect()
+    try:
+        training = _Training(run, model, job, accelerator)
+        with training.recorder:
+            for step in range(2):  # the optimizer's state is there from the first one on
+                training.backward(training.batch(step % job.recipe.steps))
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+                training.recorder.step()
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+        if not _is_out_of_memory(error):
             raise
-        size = job.recipe.batch_size
-        advice = f"--batch-size {size // 2}" if size > 1 else f"--seq-len {job.recipe.seq_len // 2}"
-        raise TrainingError(
-            f"arm {job.arm}, seed {job.seed}: out of memory with {size} sequences of "
-            f"{job.recipe.seq_len} tokens a step: try {advice}"
-        ) from error
+        return False
+    finally:
+        accelerator.free_memory()
+    return True
 
 
 class _Training:
@@ -143,14 +213,22 @@ class _Training:
         self.directory = run
         self.job = job
         self.accelerator = accelerator
-        self.path = run.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE
+        self.path = run.path / files.arm_dir(job.arm, job.seed)
+        self.last_state: Path | None = None
         plain = copy.deepcopy(model)
+        if not is_sharding(accelerator):
+            plain.to(accelerator.device)  # shards alone are moved: the whole may not fit
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
         self.params = num_non_embedding_parameters(plain)
         self.sites = len(convert(plain, job.formats, job.quantizers).converted)
+        # Experts without tokens have no gradient: DDP has to look for them.
+        has_experts = any(item.linear.expert is not None for item in find_linears(plain))
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=has_experts)
         self.model, self.optimizer = accelerator.prepare(plain, make_optimizer(plain, job.recipe))
         self.plain: nn.Module = accelerator.unwrap_model(self.model)
+        if is_sharding(accelerator):
+            follow_shards(self.plain)
         recipe = job.recipe
         self.average = TailAverage(self.plain, steps=recipe.steps, share=recipe.average_tail)
         self.step = 0
@@ -160,8 +238,7 @@ class _Training:
         self.passes = Step(
             self.forward_and_backward,
             self.plain,
-            capture=accelerator.device.type == "cuda" and accelerator.num_processes == 1,
-            compiled=job.recipe.compiled,
+            capture=recipe.compiled and accelerator.num_processes == 1,
             unhooked=self.recorder.hidden,
         )
         self.earlier = PROFILE.frame([])  # statistics from before an interruption
@@ -192,12 +269,11 @@ class _Training:
         """Train on one batch; every process takes its share of the rows."""
         recipe, share = self.job.recipe, share_of_peak(step, self.job.recipe)
         # The index alone decides about dropout: arms share their masks, and a resumed run has them.
-        torch.manual_seed(self.job.seed * 1_000_003 + step)
+        process = self.accelerator.process_index
+        torch.manual_seed(self.job.seed * 1_000_003 + step + (process << 32))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
-        rows = self.job.train[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = mine.to(self.accelerator.device)
+        batch = self.batch(step)
         self.model.train()
         loss, norm = self.passes(batch, recorded=(step + 1) % self.recorder.every == 0)
         value = float(self.accelerator.reduce(loss, "mean"))
@@ -209,7 +285,7 @@ class _Training:
         self.metrics.append(
             {
                 "step": self.step,
-                "tokens": self.step * rows.numel(),
+                "tokens": self.step * recipe.batch_size * recipe.seq_len,
                 "loss": value,
                 "lr": recipe.lr * share,
                 "grad_norm": float(norm),
@@ -217,38 +293,78 @@ class _Training:
             }
         )
 
+    def batch(self, step: int) -> Tensor:
+        """Return the rows of a step that this process trains on, consecutive ones."""
+        size = self.job.recipe.batch_size
+        rows = self.job.train[step * size : (step + 1) * size]
+        mine: Tensor = rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        return mine.to(self.accelerator.device)
+
     def forward_and_backward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Leave clipped gradients of a batch; return its loss and their norm before clipping."""
-        compiled = self.job.recipe.compiled and batch.is_cuda
-        loss = sequence_losses(self.model, batch, compiled=compiled).mean()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.job.recipe.clip_norm)
-        return loss.detach(), norm
+        loss = self.backward(batch)
+        parameters = self.model.parameters()
+        norm = self.accelerator.clip_grad_norm_(parameters, self.job.recipe.clip_norm)
+        return loss, whole_tensor(norm)
+
+    def backward(self, batch: Tensor) -> Tensor:
+        """Add the gradients of this process's rows [sequences, seq_len]; return their mean loss."""
+        parts = torch.split(batch, _rows(self.job, self.accelerator))
+        total = torch.zeros((), device=batch.device)
+        for i, part in enumerate(parts, 1):
+            # Gradients are joined across processes once.
+            apart = i < len(parts)
+            with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
+                loss = self.losses(self.model, part).mean() * (len(part) / len(batch))
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def losses(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Return the loss of each sequence, in the precision of training."""
+        # Accelerate puts autocast into the models that it prepares, but for FSDP2's.
+        sharding = is_sharding(self.accelerator)
+        compiled = self.job.recipe.compiled and model.training
+        with self.accelerator.autocast() if sharding else contextlib.nullcontext():
+            return sequence_losses(model, ids, compiled=compiled)
 
     def fail(self, step: int, loss: float, batch: Tensor) -> None:
-        """Raise TrainingError that names the first site which is not finite."""
-        site = _first_non_finite(self.plain, batch)
-        raise TrainingError(
-            f"arm {self.job.arm}, seed {self.job.seed}: the loss is {loss} at step {step + 1} of "
-            f"{self.job.recipe.steps}; first site that is not finite: "
-            f"{site or 'none, the gradient is'}; lower --lr (now {self.job.recipe.lr:g})"
+        """Keep the weights if they are good; raise DivergedError that names the first bad site."""
+        sites = gather_object([_first_non_finite(self.plain, batch.to(self.accelerator.device))])
+        site = next(filter(None, sites), None)
+        finite = [bool(torch.isfinite(p.detach()).all()) for p in self.plain.parameters()]
+        if self.step > 0 and all(gather_object([all(finite)])):
+            self.save()
+        reason = (
+            f"the loss is {loss} at step {step + 1} of {self.job.recipe.steps}; first site that is "
+            f"not finite: {site or 'none, the gradient is'}; lower --lr "
+            f"(now {self.job.recipe.lr:g})"
         )
+        if self.accelerator.is_main_process:
+            job = self.job
+            files.stop(self.directory, job.arm, job.seed, job.config_hash, reason)
+        raise DivergedError(f"arm {self.job.arm}, seed {self.job.seed}: {reason}")
 
     @torch.no_grad()
     def evaluate(self) -> list[float]:
-        """Return the held-out sequences' losses, in order."""
+        """Return the held-out sequences' losses, in order; every process takes its share."""
         self.plain.eval()
-        batches = torch.split(self.job.heldout, self.job.recipe.batch_size)
-        losses = [
-            sequence_losses(self.plain, ids.to(self.accelerator.device)).cpu()
-            for ids in track(batches, f"{self.job.arm}, seed {self.job.seed}, held-out text")
-        ]
-        return [float(loss) for loss in torch.cat(losses)]
+        batches = torch.split(self.job.heldout, _rows(self.job, self.accelerator))
+        processes, own = self.accelerator.num_processes, self.accelerator.process_index
+        found: dict[int, list[float]] = {}
+        label = f"{self.job.arm}, seed {self.job.seed}, held-out text"
+        for first in track(range(0, len(batches), processes), label):
+            # All make as many passes, as shards are gathered in each; the last is made twice.
+            index = min(first + own, len(batches) - 1)
+            losses = self.losses(self.plain, batches[index].to(self.accelerator.device))
+            found[index] = losses.tolist()
+        merged: dict[int, list[float]] = {}
+        for part in gather_object([found]):
+            merged |= part
+        return [loss for index in sorted(merged) for loss in merged[index]]
 
     def save(self) -> None:
-        """Write the state from which `resume` goes on."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write the state from which `resume` goes on; the one before it stays."""
         buffer = io.BytesIO()
         self.stats.write_parquet(buffer)
         state = {
@@ -261,21 +377,61 @@ class _Training:
             "metrics": self.metrics,
             "stats": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8),
         }
-        write_atomic(self.path, lambda file: _write_state(state, file))
+        writers = Writers.of(state, self.accelerator.process_index)
+        path = write_state(self.path, self.step, state, processes=writers)
+        if self.accelerator.is_main_process:
+            remove_states(self.path, keep=(path, self.last_state or path))
+        self.last_state = path
 
     def resume(self) -> None:
-        """Go on from the state of an interrupted training of this job, if there is one."""
-        state = _read_state(self.path)
-        if state is None or state["config_hash"] != self.job.config_hash:
+        """Go on from the last state of an interrupted training of this job that can be read."""
+        (path,) = broadcast_object_list([self.find_state()])
+        if path is None:
             return
-        self.plain.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
+        state = read_state(path)
+        own = self.plain.state_dict()
+
+        def here(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: placed(value, own[name]) for name, value in values.items()}
+
+        self.plain.load_state_dict(here(state["model"]))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        optimizer = state["optimizer"]
+        optimizer["state"] = {
+            index: {name: placed(value, parameters[index]) for name, value in values.items()}
+            for index, values in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict(optimizer)
+        average = state["average"]
+        self.average.load_state_dict(average | {"mean": here(average["mean"])})
+        self.last_state = path
         self.step = state["step"]
         self.start = time.monotonic() - state["seconds"]
         self.metrics = state["metrics"]
         self.recorder.steps = self.step
         self.earlier = pl.read_parquet(io.BytesIO(state["stats"].numpy().tobytes()))
+
+    def find_state(self) -> Path | None:
+        """Return the last state of this job that can be read; the first process decides.
+
+        Raises RunError where there are states and none can be read.
+        """
+        if not self.accelerator.is_main_process:
+            return None
+        unread: RunError | None = None
+        for path in find_states(self.path):
+            try:
+                if read_state(path)["config_hash"] != self.job.config_hash:
+                    return None
+            except RunError as error:
+                unread = error
+                continue
+            if unread is not None:
+                say(f"{unread}; going on from the state before it, {path.name}")
+            return path
+        if unread is not None:
+            raise unread
+        return None
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, write the arm's files, the record last, and return the record."""
@@ -283,7 +439,8 @@ class _Training:
         self.average.apply()
         losses = self.evaluate()
         if not all(map(math.isfinite, losses)):
-            self.fail(recipe.steps - 1, math.nan, job.heldout[: recipe.batch_size])
+            bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+            self.fail(recipe.steps - 1, losses[bad], job.heldout[bad : bad + 1])
         record = {
             "schema": self.directory.manifest["schema"],
             "arm": job.arm,
@@ -317,32 +474,10 @@ class _Training:
         return record
 
 
-def _write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
-    """Write a state; a full disk stays the OSError it is, which torch hides in a RuntimeError."""
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from error
-        raise
-
-
 def _hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
     return hardware()
-
-
-def _read_state(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its unpickler meets: any of many classes
-        raise RunError(
-            f"{path} cannot be read ({error}): delete it to start this arm anew"
-        ) from error
-    return state
 
 
 @torch.no_grad()

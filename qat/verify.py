@@ -6,6 +6,7 @@ finished under the same configuration is never trained again, whatever was asked
 killed verify goes on, `--arms` may be given in portions, and a new plan costs only its own arms.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from bitplan.errors import BitplanError, CheckpointError, PlanError
+from bitplan.errors import BitplanError, CheckpointError, DivergedError, PlanError
 from bitplan.formats import short_groups_note
 from bitplan.options import VerifyOptions
 from bitplan.planner.plan import Plan, read_plan
@@ -47,6 +48,7 @@ from bitplan.qat.arms import (
 )
 from bitplan.qat.devices import training_devices
 from bitplan.qat.pool import run_tasks
+from bitplan.qat.processes import share, together
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, ArmResult, Attribution, Verdict, sentence
 from bitplan.qat.start import Start, from_checkpoint, from_scratch
@@ -57,28 +59,36 @@ from bitplan.sites import Linear, Site
 from bitplan.tables import TRAINED
 
 STAGE = "verify"
+SPREAD = ("gpus", "workers", "accumulate")
 
 
 def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
     """Train the arms of RUN/plan.json that are not finished, and write RUN/verdict.json.
 
     Raises PlanError where the plan is for another checkpoint, DataError where the text is too
-    short, TrainingError where a training cannot go on; arms finished until then stay.
+    short, TrainingError where a training cannot go on; arms finished until then stay. An arm whose
+    loss stops being finite is missing in the verdict, which says why.
 
     Until settled: all arms of three seeds, then of one more at a time, as long as the verdict is
-    undetermined.
+    undetermined. The processes of a launch train each arm together (processes.py), and all return
+    the verdict.
     """
+    return together(lambda: _verify(run, options), resolve_device(options.device))
+
+
+def _verify(run: Path, options: VerifyOptions) -> Verdict:
     select_arms(options.arms)  # a wrong name is said before anything is loaded
     recipe = _recipe(options)
     device = resolve_device(options.device)
+    devices = training_devices(options, device)
     directory = RunDir.open(run)
     with directory.lock():
         plan = read_plan(directory)
         model = _checked_model(directory, plan)
         corpus = load_text(options.data)
         asked = {
-            # How many trainings run at once changes none of them.
-            **{k: v for k, v in asdict(options).items() if k not in ("gpus", "workers")},
+            # How trainings are spread changes none of them.
+            **{k: v for k, v in asdict(options).items() if k not in SPREAD},
             "device": str(device),
             "plan": content_hash(plan.as_json()),
             "model": model["content_hash"],
@@ -102,7 +112,7 @@ def verify_plan(run: Path, options: VerifyOptions) -> Verdict:
         looks = Looks(options.confidence, options.seeds if options.until_settled else None)
         for seeds in looks.seeds() if options.until_settled else (options.seeds,):
             looked_at = {name: of_arm[:seeds] for name, of_arm in jobs.items()}
-            _train(directory, start, looked_at, wanted, options, device)
+            _train(directory, start, looked_at, wanted, options, devices)
             verdict = _judge(directory, plan, table, looked_at, checkpoint, corpus, options, looks)
             if verdict.verdict != "undetermined":
                 break
@@ -225,6 +235,7 @@ def _jobs(
                 recipe=recipe,
                 train=train[seed],
                 heldout=heldout,
+                accumulate=options.accumulate,
                 context={
                     "model": start.identity,
                     "from_scratch": options.from_scratch is not None,
@@ -267,9 +278,15 @@ class _Task:
 
 
 def _work(task: _Task, device: str) -> None:
+    """Train one arm, in all processes of a launch; one that diverges leaves a note of it."""
+    share(_train_task, task, device)
+
+
+def _train_task(task: _Task, device: str) -> None:
     model = task.start.model(task.job.seed)
     accelerator = make_accelerator(torch.device(device))
-    train_arm(RunDir.open(task.run), model, task.job, accelerator)
+    with contextlib.suppress(DivergedError):
+        train_arm(RunDir.open(task.run), model, task.job, accelerator)
 
 
 def _train(
@@ -278,7 +295,7 @@ def _train(
     jobs: Mapping[str, list[Job]],
     arms: tuple[Arm, ...],
     options: VerifyOptions,
-    device: torch.device,
+    devices: list[str],
 ) -> None:
     """Train what is not finished, seed by seed; arms of equal configurations once."""
     twins: dict[str, list[Job]] = {}
@@ -292,11 +309,10 @@ def _train(
         if _record_of(directory, job, twins) is None:
             tasks.setdefault(job.config_hash, _Task(directory.path, start, job))
     if tasks:
-        run_tasks(list(tasks.values()), training_devices(options, device), _work, "trainings")
+        run_tasks(list(tasks.values()), devices, _work, "trainings")
     for job in asked:
         record = _record_of(directory, job, twins)
-        assert record is not None
-        if (record["arm"], record["seed"]) != (job.arm, job.seed):
+        if record is not None and (record["arm"], record["seed"]) != (job.arm, job.seed):
             files.copy_arm(directory, record, job.arm)
 
 
@@ -386,7 +402,7 @@ def _judge(
         attribution=_attribution(plan, paired, looks),
         noise=arithmetic.noise(losses, BASELINE, looks),
         needed=more,
-        notes=_notes(seeds, plan, checkpoint, corpus, options),
+        notes=(*_stopped(directory, jobs), *_notes(seeds, plan, checkpoint, corpus, options)),
         plan_id=plan.plan_id,
         provenance=directory.provenance()
         | {"text": {"source": corpus.source, "content_hash": corpus.content_hash}},
@@ -453,6 +469,20 @@ def _formats_text(plan: Plan, arm: Arm) -> str:
         return "none"
     counts = {str(fmt): formats.count(fmt) for fmt in sorted(set(formats))}
     return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _stopped(directory: RunDir, jobs: Mapping[str, list[Job]]) -> tuple[str, ...]:
+    """Say which trainings stopped, and why."""
+    alike: dict[str, list[Job]] = {}
+    for job in itertools.chain.from_iterable(jobs.values()):
+        alike.setdefault(job.config_hash, []).append(job)
+    return tuple(
+        f"{' and '.join(job.arm for job in of_one)} could not be trained with seed "
+        f"{of_one[0].seed}: {reason}."
+        for of_one in alike.values()
+        for job in of_one
+        if (reason := files.stopped(directory, job.arm, job.seed, job.config_hash))
+    )
 
 
 def _notes(

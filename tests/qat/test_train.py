@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +13,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 
-from bitplan.errors import RunError, TrainingError
+from bitplan.errors import DivergedError, RunError, TrainingError
 from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
-from bitplan.qat import train
+from bitplan.qat import state, train
 from bitplan.qat.arms import ARMS
 from bitplan.qat.recipe import Recipe, share_of_peak
+from bitplan.qat.state import find_states
 from bitplan.qat.train import Job, make_accelerator, train_arm
-from bitplan.rundir import RunDir, write_atomic
+from bitplan.rundir import RunDir
 from bitplan.tables import METRICS, PROFILE
 
 RECIPE = Recipe(steps=5, batch_size=2, seq_len=24, lr=1e-3)
@@ -114,7 +117,7 @@ def test_the_same_job_twice_gives_the_same_files_to_the_bit(
     assert record["loss"]["heldout"] == pytest.approx(losses.mean())
     assert record["tokens"] == 5 * 48
     assert record["num_quantized_sites"] == len(job.formats) == 28
-    assert not (first.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE).exists()
+    assert not find_states(first.path / files.arm_dir(job.arm, job.seed))
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -133,8 +136,9 @@ def test_a_killed_training_goes_on_to_the_same_losses(
         kill_at(patch, step)
         with pytest.raises(Killed):
             train_arm(killed, model, job, make_accelerator(CPU), save_every_s=0)
-    assert [path.name for path in place.iterdir()] == [files.STATE_FILE]
-    (place / f".{files.STATE_FILE}.1.tmp").write_bytes(b"what a kill left")
+    kept = [f"state-{at:08d}" for at in range(step, max(step - 2, 0), -1)]
+    assert [path.name for path in find_states(place)] == kept
+    (place / f".state-{step + 1:08d}").mkdir()  # what a kill left
     with monkeypatch.context() as patch:
         kill_at(patch, step - 1)  # a step that was taken is not taken again
         train_arm(killed, model, job, make_accelerator(CPU))
@@ -178,27 +182,89 @@ def test_the_state_of_another_configuration_is_not_taken_up(
     assert_equal(results(directory, other), results(clean, other))
 
 
-def test_a_damaged_state_is_named(model: Any, job: Job, run: Callable[[str], RunDir]) -> None:
+def damage(state: Path) -> None:
+    (piece,) = state.iterdir()
+    content = bytearray(piece.read_bytes())
+    content[len(content) // 2 :] = b"no state"
+    piece.write_bytes(content)
+
+
+def test_a_state_that_cannot_be_read_gives_way_to_the_one_before(
+    model: Any,
+    job: Job,
+    run: Callable[[str], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, killed = run("whole"), run("killed")
+    train_arm(whole, model, job, make_accelerator(CPU))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            train_arm(killed, model, job, make_accelerator(CPU), save_every_s=0)
+    last, _ = find_states(killed.path / files.arm_dir(job.arm, job.seed))
+    damage(last)
+    train_arm(killed, model, job, make_accelerator(CPU))
+    said = capsys.readouterr().err
+    assert "state-00000004 cannot be read" in said
+    assert "going on from the state before it, state-00000003" in said
+    assert_equal(results(killed, job), results(whole, job))
+
+
+def test_states_that_can_none_be_read_are_told(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
     directory = run("a")
-    path = directory.path / files.arm_dir(job.arm, job.seed) / files.STATE_FILE
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"no state")
-    with pytest.raises(RunError, match=r"state\.pt cannot be read"):
+    path = directory.path / files.arm_dir(job.arm, job.seed) / "state-00000002"
+    path.mkdir(parents=True)
+    with pytest.raises(RunError, match=r"state-00000002 cannot be read \(0 of its pieces"):
+        train_arm(directory, model, job, make_accelerator(CPU))
+    (path / "piece-0-of-1.pt").write_bytes(b"no state")
+    with pytest.raises(RunError, match=r"state-00000002 cannot be read .*delete it to start"):
         train_arm(directory, model, job, make_accelerator(CPU))
 
 
-def test_a_full_disk_says_so_and_leaves_the_last_state(tmp_path: Path) -> None:
-    path = tmp_path / files.STATE_FILE
-    path.write_bytes(b"the last one")
+def test_a_full_disk_says_so_and_leaves_the_last_states(
+    model: Any, job: Job, run: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full from the third state on, half of which fits; then there is room again."""
+    whole, directory = run("whole"), run("a")
+    train_arm(whole, model, job, make_accelerator(CPU))
+    place = directory.path / files.arm_dir(job.arm, job.seed)
+    with monkeypatch.context() as patch:
+        real = state._write
 
-    class Full(io.BytesIO):
-        def write(self, *_: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        class Full(io.BufferedWriter):
+            def write(self, content: Any) -> int:
+                if self.tell() + len(content) > 30_000:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return super().write(content)
 
-    with pytest.raises(RunError, match=r"state\.pt: No space left on device; what was there"):
-        write_atomic(path, lambda _: train._write_state({"a": torch.zeros(8)}, Full()))
-    assert path.read_bytes() == b"the last one"
-    assert list(tmp_path.iterdir()) == [path]
+        def write(value: Any, file: Any) -> None:
+            full = value["step"] == 3
+            real(value, Full(io.FileIO(file.fileno(), "wb", closefd=False)) if full else file)
+
+        patch.setattr(state, "_write", write)
+        with pytest.raises(RunError, match=r"piece-0-of-1\.pt: No space left on device; what was"):
+            train_arm(directory, model, job, make_accelerator(CPU), save_every_s=0)
+    assert sorted(path.name for path in place.iterdir()) == ["state-00000001", "state-00000002"]
+    train_arm(directory, model, job, make_accelerator(CPU))
+    assert_equal(results(directory, job), results(whole, job))
+
+
+def test_parts_of_a_step_change_the_rounding_alone(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    whole, parts = run("whole"), run("parts")
+    recipe = replace(RECIPE, batch_size=5)
+    train = job.train.repeat(3, 1)[:25]
+    job = replace(job, recipe=recipe, train=train)
+    in_parts = replace(job, accumulate=2)  # of three and of two rows
+    assert in_parts.config_hash == job.config_hash
+    train_arm(whole, model, job, make_accelerator(CPU))
+    train_arm(parts, model, in_parts, make_accelerator(CPU))
+    for name, frame in results(whole, job).items():
+        assert_frame_equal(results(parts, job)[name], frame, rel_tol=2e-4, abs_tol=1e-5)
 
 
 def test_training_lowers_the_loss(model: Any, job: Job, run: Callable[[str], RunDir]) -> None:
@@ -252,7 +318,7 @@ def test_a_loss_that_is_not_finite_names_step_and_site(
     )
     with pytest.raises(TrainingError, match=expected):
         train_arm(directory, model, job, make_accelerator(CPU))
-    assert not list(directory.path.glob("arms/**/*.json"))
+    assert not list(directory.path.glob("arms/**/record.json"))
 
 
 def test_an_input_that_is_not_finite_is_named(
@@ -264,24 +330,66 @@ def test_an_input_that_is_not_finite_is_named(
         train_arm(run("a"), model, job, make_accelerator(CPU))
 
 
+def test_a_loss_that_stops_being_finite_leaves_the_last_good_state(
+    model: Any, job: Job, run: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = run("a")
+    place = directory.path / files.arm_dir(job.arm, job.seed)
+    real = train.sequence_losses
+    with monkeypatch.context() as patch:
+        losses = itertools.count()
+        patch.setattr(
+            train,
+            "sequence_losses",
+            lambda *args: real(*args) * (math.inf if next(losses) == 2 else 1),
+        )
+        with pytest.raises(DivergedError, match=r"inf at step 3 of 5; .*: none, the gradient is"):
+            train_arm(directory, model, job, make_accelerator(CPU))
+    assert [path.name for path in find_states(place)] == ["state-00000002"]
+    reason = files.stopped(directory, job.arm, job.seed, job.config_hash)
+    assert reason is not None
+    assert reason.startswith("the loss is inf at step 3 of 5")
+    assert files.stopped(directory, job.arm, job.seed, "another") is None
+    # Had it been a passing fault, the training would go on from there, as if nothing had been.
+    train_arm(directory, model, job, make_accelerator(CPU))
+    whole = run("whole")
+    train_arm(whole, model, job, make_accelerator(CPU))
+    assert_equal(results(directory, job), results(whole, job))
+    assert files.stopped(directory, job.arm, job.seed, job.config_hash) is None
+
+
 @pytest.mark.parametrize(
-    ("batch_size", "advice"), [(2, "try --batch-size 1"), (1, "try --seq-len 12")]
+    ("fits", "advice"),
+    [
+        (5, r"with 10 sequences of 24 tokens at once: 5 .* at once fit: --accumulate 2, which"),
+        (2, r"with 10 sequences of 24 tokens at once: 2 .* at once fit: --accumulate 5, which"),
+        (0, r"with 10 sequences of 24 tokens at once: try --seq-len 12"),
+    ],
 )
-def test_running_out_of_memory_names_what_to_try(
+def test_running_out_of_memory_names_what_fits(
     model: Any,
     job: Job,
     run: Callable[[str], RunDir],
     monkeypatch: pytest.MonkeyPatch,
-    batch_size: int,
+    fits: int,
     advice: str,
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+    real = train.sequence_losses
+
+    def full(model: Any, ids: torch.Tensor, **named: Any) -> torch.Tensor:
+        if len(ids) > fits:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+        return real(model, ids, **named)
 
     monkeypatch.setattr(train, "sequence_losses", full)
-    small = replace(job, recipe=replace(RECIPE, batch_size=batch_size))
+    large = replace(job, recipe=replace(RECIPE, batch_size=10, steps=1))
+    directory = run("a")
     with pytest.raises(TrainingError, match=advice):
-        train_arm(run("a"), model, small, make_accelerator(CPU))
+        train_arm(directory, model, large, make_accelerator(CPU))
+    assert not list(directory.path.glob("arms/*/*/*"))  # what was tried has left nothing
+    if fits:
+        parts = int(advice.partition("--accumulate ")[2].partition(",")[0])
+        train_arm(directory, model, replace(large, accumulate=parts), make_accelerator(CPU))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:

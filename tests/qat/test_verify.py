@@ -1,6 +1,7 @@
 """`bitplan verify` on a tiny checkpoint: the arms, the verdict's file, resuming, and bad input."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -305,12 +306,40 @@ def test_a_killed_verify_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             verify_plan(killed.run, killed.options)
     assert not (killed.run / "verdict.json").exists()
-    assert (killed.run / "arms/w16a4/seed-0/state.pt").exists()
+    assert list((killed.run / "arms/w16a4/seed-0").glob("state-*"))
     seen = trained(monkeypatch)
     verify_plan(killed.run, killed.options)
     assert seen == [("w16a4", 0), ("w4a4", 0)]
     assert losses(killed.run) == losses(whole.run)
     assert not list(killed.run.rglob("*.pt"))
+
+
+def test_an_arm_that_diverges_is_missing_and_the_others_are_judged(
+    ready: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ready(arms=("bf16", "w16a4", "w4a16"), seeds=1)
+    real = train._Training.take_step
+
+    def breaking(self: Any, step: int) -> None:
+        if self.job.arm == "w16a4" and step == 2:
+            with torch.no_grad():
+                self.plain.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+        real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Training, "take_step", breaking)
+        found = verify_plan(at.run, at.options)
+    assert {arm.name for arm in found.arms} == {"bf16", "w4a16"}
+    assert found.verdict == "undetermined"
+    (note,) = [note for note in found.notes if "could not be trained" in note]
+    assert note.startswith("w16a4 could not be trained with seed 0: the loss is nan at step 3 of 4")
+    assert "first site that is not finite: model.layers.1.mlp.up_proj:weight" in note
+    assert note in found.as_text()
+    # The arm alone is trained, once it can be.
+    seen = trained(monkeypatch)
+    again = verify_plan(at.run, replace(at.options, arms=("w16a4", "w4a16")))
+    assert seen == [("w16a4", 0)]
+    assert not any("could not be trained" in note for note in again.notes)
 
 
 def test_arms_in_portions_and_a_new_plan_train_only_what_is_new(
