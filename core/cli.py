@@ -396,6 +396,11 @@ def plan(
     show_default=True,
     help="Judge the average of the weights over this last share of the steps.",
 )
+@click.option(
+    "--compiled",
+    is_flag=True,
+    help="Compile the blocks and replay steps as a CUDA graph: faster for small models.",
+)
 @option(
     VerifyOptions,
     "from_scratch",

@@ -113,6 +113,8 @@ class VerifyOptions:
     """How the rate falls: along a cosine, or held at the peak and then down in the last fifth."""
     average_tail: float = 0.0
     """Share of the steps, the last ones, over which the weights that are judged are averaged."""
+    compiled: bool = False
+    """Compile the model's blocks and replay steps as a CUDA graph: one GPU to a training."""
     from_scratch: str | None = None
     """A config.json or its directory: arms start from its random weights, not the checkpoint."""
     data: tuple[str, ...] = ()

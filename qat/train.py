@@ -122,6 +122,11 @@ def train_arm(
     the loss stops being finite and where memory runs out; the last state stays in place.
     """
     check_launch(accelerator)
+    if job.recipe.compiled and (accelerator.device.type, accelerator.num_processes) != ("cuda", 1):
+        raise TrainingError(
+            f"compiled training is for one process on a GPU, and this is {accelerator.device} with "
+            f"{accelerator.num_processes}: leave out --compiled (in a grid, compiled = true)"
+        )
     if job.recipe.batch_size % accelerator.num_processes:
         raise TrainingError(
             f"{job.recipe.batch_size} sequences a step cannot be shared by "

@@ -148,6 +148,7 @@ def _recipe(options: VerifyOptions) -> Recipe:
         lr=lr,
         schedule=options.schedule,
         average_tail=options.average_tail,
+        compiled=options.compiled,
     )
 
 

@@ -392,6 +392,14 @@ def test_running_out_of_memory_names_what_fits(
         train_arm(directory, model, replace(large, accumulate=parts), make_accelerator(CPU))
 
 
+def test_compiled_training_is_for_one_gpu(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    compiled = replace(job, recipe=replace(RECIPE, compiled=True))
+    with pytest.raises(TrainingError, match="for one process on a GPU, and this is cpu with 1"):
+        train_arm(run("a"), model, compiled, make_accelerator(CPU))
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     recipe = replace(RECIPE, steps=100, warmup_share=0.1)
     rates = np.array([recipe.lr * share_of_peak(step, recipe) for step in range(101)])
