@@ -31,8 +31,8 @@ OPTIONS = {
     "--formats --per-role --quantizer --measure --tokens --params --law --explain --diff "
     "--target --json",
     "verify": "--steps --tokens --seeds --until-settled --confidence --batch-size --accumulate "
-    "--seq-len --eval-tokens --lr --schedule --average-tail --compiled --data --from-scratch --arms "
-    "--attribute --gpus --workers --device --seed --trust-remote-code --json",
+    "--seq-len --eval-tokens --lr --schedule --average-tail --compiled --data --from-scratch "
+    "--arms --attribute --gpus --workers --device --seed --trust-remote-code --json",
     "report": "-o --output --json",
     "export": "--to -o --output --json",
     "demo": "-o --output",
