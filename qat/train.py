@@ -47,7 +47,13 @@ from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
-from bitplan.qat.sharded import check_launch, follow_shards, gather_in_float32, is_sharding
+from bitplan.qat.sharded import (
+    check_launch,
+    check_shardable,
+    follow_shards,
+    gather_in_float32,
+    is_sharding,
+)
 from bitplan.qat.state import Writers, find_states, placed, read_state, remove_states, write_state
 from bitplan.rundir import RunDir, content_hash, hardware
 from bitplan.sites import Site
@@ -213,8 +219,10 @@ class _Training:
         self.path = run.path / files.arm_dir(job.arm, job.seed)
         self.last_state: Path | None = None
         plain = copy.deepcopy(model)
-        if not is_sharding(accelerator):
-            plain.to(accelerator.device)  # shards alone are moved: the whole may not fit
+        if is_sharding(accelerator):
+            check_shardable(plain)  # and it is not moved: the whole may not fit
+        else:
+            plain.to(accelerator.device)
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
         self.params = num_non_embedding_parameters(plain)
