@@ -257,7 +257,8 @@ class _Training:
         label = f"{self.job.arm}, seed {self.job.seed}"
         for step in track(range(self.step, recipe.steps), label):
             self.take_step(step)
-            if time.monotonic() - saved >= save_every_s and self.step < recipe.steps:
+            (is_due,) = broadcast_object_list([time.monotonic() - saved >= save_every_s])
+            if is_due and self.step < recipe.steps:
                 self.save()
                 saved = time.monotonic()
 
