@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from bitplan.errors import TrainingError
+from bitplan.probe.modules import find_linears
 from bitplan.qat.quantizers import INPUT_FACTOR, WEIGHT_FACTOR
 
 
@@ -28,6 +29,18 @@ def check_launch(accelerator: Accelerator) -> None:
         raise TrainingError(
             f"launched for {kind.value}, which verify does not support: launch it with "
             "--multi_gpu, or with --use_fsdp --fsdp_version 2"
+        )
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Raise TrainingError for a mixture of experts.
+
+    FSDP2 reduces the gradients that a process has, and an expert without tokens has none.
+    """
+    if any(item.linear.expert is not None for item in find_linears(model)):
+        raise TrainingError(
+            "a mixture of experts cannot be trained in shards, as processes choose other experts: "
+            "launch it with --multi_gpu, without --use_fsdp"
         )
 
 

@@ -48,7 +48,13 @@ from bitplan.qat.arms import Formats
 from bitplan.qat.average import TailAverage
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
-from bitplan.qat.sharded import check_launch, follow_shards, gather_in_float32, is_sharding
+from bitplan.qat.sharded import (
+    check_launch,
+    check_shardable,
+    follow_shards,
+    gather_in_float32,
+    is_sharding,
+)
 from bitplan.qat.state import Writers, find_states, placed, read_state, remove_states, write_state
 from bitplan.qat.step import Step
 from bitplan.rundir import RunDir, content_hash, hardware
@@ -221,8 +227,10 @@ class _Training:
         self.path = run.path / files.arm_dir(job.arm, job.seed)
         self.last_state: Path | None = None
         plain = copy.deepcopy(model)
-        if not is_sharding(accelerator):
-            plain.to(accelerator.device)  # shards alone are moved: the whole may not fit
+        if is_sharding(accelerator):
+            check_shardable(plain)  # and it is not moved: the whole may not fit
+        else:
+            plain.to(accelerator.device)
         if (config := getattr(plain, "config", None)) is not None:
             config.use_cache = False  # keys and values are for generation; here they cost memory
         self.params = num_non_embedding_parameters(plain)
@@ -266,7 +274,8 @@ class _Training:
         for step in track(range(self.step, recipe.steps), label):
             self.take_step(step)
             self.average.add(step)
-            if time.monotonic() - saved >= save_every_s and self.step < recipe.steps:
+            (is_due,) = broadcast_object_list([time.monotonic() - saved >= save_every_s])
+            if is_due and self.step < recipe.steps:
                 self.save()
                 saved = time.monotonic()
 
