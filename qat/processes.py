@@ -55,8 +55,10 @@ def together(lead: Callable[[], T], device: torch.device) -> T:
         except BitplanError as error:
             if not _is_sharing:
                 _tell("error", str(error))
+                _part()
             raise
         _tell("result", result)
+        _part()
     accelerator.end_training()
     return result
 
@@ -85,6 +87,11 @@ def _tell(kind: str, value: Any) -> None:
     dist.broadcast_object_list([kind, value], src=0, group=_channel, device=torch.device("cpu"))
 
 
+def _part() -> None:
+    """Wait until all have heard the last message: a process that ends cuts the others' channel."""
+    dist.barrier(group=_channel)
+
+
 def _follow() -> Any:
     while True:
         message: list[Any] = [None, None]
@@ -94,6 +101,8 @@ def _follow() -> Any:
             work, arguments = value
             work(*arguments)
         elif kind == "error":
+            _part()
             raise FirstProcessError(value)
         else:
+            _part()
             return value

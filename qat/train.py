@@ -46,7 +46,7 @@ from bitplan.progress import say, track
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
 from bitplan.qat.average import TailAverage
-from bitplan.qat.convert import convert
+from bitplan.qat.convert import convert, weights_held
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses, share_of_peak
 from bitplan.qat.sharded import (
     check_launch,
@@ -325,13 +325,16 @@ class _Training:
         """Add the gradients of this process's rows [sequences, seq_len]; return their mean loss."""
         parts = torch.split(batch, _rows(self.job, self.accelerator))
         total = torch.zeros((), device=batch.device)
-        for i, part in enumerate(parts, 1):
-            # Gradients are joined across processes once.
-            apart = i < len(parts)
-            with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
-                loss = self.losses(self.model, part).mean() * (len(part) / len(batch))
-                self.accelerator.backward(loss)
-            total += loss.detach()
+        # Weights are rounded once for all parts; gathered from shards they are others each time.
+        is_held = len(parts) > 1 and not is_sharding(self.accelerator)
+        with weights_held(self.plain) if is_held else contextlib.nullcontext():
+            for i, part in enumerate(parts, 1):
+                # Gradients are joined across processes once.
+                apart = i < len(parts)
+                with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
+                    loss = self.losses(self.model, part).mean() * (len(part) / len(batch))
+                    self.accelerator.backward(loss)
+                total += loss.detach()
         return total
 
     def losses(self, model: nn.Module, ids: Tensor) -> Tensor:

@@ -341,7 +341,7 @@ def test_a_loss_that_stops_being_finite_leaves_the_last_good_state(
         patch.setattr(
             train,
             "sequence_losses",
-            lambda *args: real(*args) * (math.inf if next(losses) == 2 else 1),
+            lambda *args, **named: real(*args, **named) * (math.inf if next(losses) == 2 else 1),
         )
         with pytest.raises(DivergedError, match=r"inf at step 3 of 5; .*: none, the gradient is"):
             train_arm(directory, model, job, make_accelerator(CPU))
