@@ -63,12 +63,18 @@ class Search:
         )
 
         self._parts = [part for part in split(self._menu) if len(part[0])]
+        # What no choice changes is in no part, and can still be more than its limit.
+        least = _least_costs(self._menu.cell, self._menu.costs)
+        free = set(range(len(costs))).difference(*(rows.tolist() for _, rows in self._parts))
+        self._unchanged = {b: float(least[b]) for b in free}
         self._order = range(len(self._parts))
         self._memo: dict[tuple[float, ...], Solution | None] = {}
 
     def solve(self, limits: Sequence[float]) -> Found | None:
         """Return the best choice within the limits of the costs, or None where there is none."""
         limits = [*limits, *(share.limit for share in self._problem.shares)]
+        if any(cost > limits[b] + SLACK * abs(cost) for b, cost in self._unchanged.items()):
+            return None
         solutions = [self._part(k, [limits[b] for b in self._parts[k][1]]) for k in self._order]
         options, value, above = [], 0.0, 0.0
         for k, solution in zip(self._order, solutions, strict=True):
