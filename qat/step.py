@@ -55,7 +55,7 @@ class Step:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._steps_left = WARMUP_STEPS
         self._captures = capture and all(i.linear.expert is None for i in find_linears(model))
-        self._blocks = find_blocks(model) if compiled else []
+        self.blocks = find_blocks(model) if compiled else []
         self._unhooked = unhooked
         self.refusal = ""
         """Why the pass could not be captured."""
@@ -93,8 +93,8 @@ class Step:
         random = torch.cuda.default_generators[batch.device.index]
         seed = random.initial_seed()
         plain = [float(value) for value in self._plain(batch)]
-        with self._unhooked(), _compiled(self._blocks):
-            if self._blocks:
+        with self._unhooked(), _compiled(self.blocks):
+            if self.blocks:
                 # A capture cannot compile. Transformers builds a mask where it sees a capture, and
                 # leaves it out elsewhere: what is compiled has to be what will be captured.
                 with patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):

@@ -251,7 +251,8 @@ class _Training:
         self.passes = Step(
             self.forward_and_backward,
             self.plain,
-            capture=recipe.compiled and accelerator.num_processes == 1,
+            capture=recipe.compiled,
+            compiled=recipe.compiled,
             unhooked=self.recorder.hidden,
         )
         self.earlier = PROFILE.frame([])  # statistics from before an interruption

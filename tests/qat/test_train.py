@@ -400,6 +400,16 @@ def test_compiled_training_is_for_one_gpu(
         train_arm(run("a"), model, compiled, make_accelerator(CPU))
 
 
+def test_a_compiled_recipe_compiles_every_block(
+    model: Any, job: Job, run: Callable[[str], RunDir]
+) -> None:
+    compiled = replace(job, recipe=replace(RECIPE, compiled=True))
+    training = train._Training(run("a"), model, compiled, make_accelerator(CPU))
+    assert training.passes.blocks == list(training.plain.model.layers)
+    plain = train._Training(run("b"), model, job, make_accelerator(CPU))
+    assert plain.passes.blocks == []
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     recipe = replace(RECIPE, steps=100, warmup_share=0.1)
     rates = np.array([recipe.lr * share_of_peak(step, recipe) for step in range(101)])
