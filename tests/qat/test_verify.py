@@ -19,7 +19,7 @@ from bitplan.cli import main
 from bitplan.errors import BitplanError, CheckpointError, DataError, PlanError, RunError
 from bitplan.formats import parse_format
 from bitplan.options import VerifyOptions
-from bitplan.qat import train, verify
+from bitplan.qat import judge, train, verify
 from bitplan.qat.arms import ARMS, attribution_arms
 from bitplan.qat.result import Verdict
 from bitplan.qat.verdict import Interval
@@ -161,13 +161,13 @@ ENOUGH = ("bf16", "planned-weights", "planned-inputs")  # for a verdict
 
 def settling(monkeypatch: pytest.MonkeyPatch, seeds: int) -> None:
     """Let the verdict be settled from so many seeds on, whatever the losses are."""
-    real = verify.arithmetic.ratio
+    real = judge.arithmetic.ratio
 
     def ratio(inputs: Any, weights: Any, looks: Any) -> Interval:
         found = real(inputs, weights, looks)
         return replace(found, low=1.0, high=1.0 if len(inputs) >= seeds else 2.0)
 
-    monkeypatch.setattr(verify.arithmetic, "ratio", ratio)
+    monkeypatch.setattr(judge.arithmetic, "ratio", ratio)
 
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, 4), (2, 3)])
