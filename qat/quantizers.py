@@ -74,7 +74,8 @@ class _Scaled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, half: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.half = half
-        return (x / scale).round_().clamp_(-half, half - 1).mul_(scale)
+        # Not in place: compiled by torch 2.11, an output that was written in place has no gradient.
+        return (x / scale).round().clamp(-half, half - 1) * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
@@ -82,7 +83,7 @@ class _Scaled(torch.autograd.Function):
         u = x / scale
         rounded = u.round()
         inside = (rounded >= -half) & (rounded <= half - 1)
-        to_scale = torch.where(inside, rounded - u, rounded.clamp_(-half, half - 1))
+        to_scale = torch.where(inside, rounded - u, rounded.clamp(-half, half - 1))
         return grad * inside, (grad * to_scale).sum_to_size(scale.shape), None
 
 

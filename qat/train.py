@@ -476,6 +476,7 @@ class _Training:
             },
             "seconds": self.seconds,
             "captured": self.passes.is_captured,
+            "refusal": self.passes.refusal,
             "hardware": _hardware(self.accelerator),
             "provenance": self.directory.provenance(),
         }
