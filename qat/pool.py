@@ -1,11 +1,11 @@
 """Tasks in processes of their own, each with a device, and none lost.
 
 One task after another is handed to whichever process is free; one that needs another waits until
-that is done, and others go first meanwhile. A process that dies (killed, out of
-memory) takes the pool with it: the pool is made again and what was not finished is run again, twice
-at the most, so that a task has to be one that can be repeated. Where a task raises, what runs is
-let finish, what waits is dropped, and the error comes out. If this process dies, so do its workers.
-With one device there is no other process at all.
+that is done, and others go first meanwhile. A process that dies (killed, out of memory) takes the
+pool with it: the pool is made again and what was not finished is run again, twice at the most, so
+that a task has to be one that can be repeated. Where a task raises, what runs is let finish, what
+waits is dropped, and the error comes out. If this process dies, so do its workers. With one device
+there is no other process at all.
 """
 
 import multiprocessing

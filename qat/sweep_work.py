@@ -1,10 +1,10 @@
 """One training of a sweep as a task for any process: this one, a pool's, or one of Ray's.
 
-A task is small and pickles: paths, hashes and the recipe; weights are drawn and tokens read where
-it runs. It may be run any number of times, by several processes at once: a lock on the arm's
-directory, which the kernel drops with its holder, lets one train and makes the others wait and find
-it finished. A training that cannot go on leaves failed.json with the reason and is no error here,
-so that the other cells go on.
+A task is small and pickles: paths, hashes and the recipe; weights are drawn, or those of its trunk
+(sweep_trunk.py) read, and tokens, where it runs. It may be run any number of times, by several
+processes at once: a lock on the arm's directory, which the kernel drops with its holder, lets one
+train and makes the others wait and find it finished. A training that cannot go on leaves
+failed.json with the reason and is no error here, so that the other cells go on.
 """
 
 import contextlib
