@@ -487,7 +487,7 @@ def verify(run: Path, as_json: bool, **options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what there is to train, and train nothing.")
 @json_flag
 def sweep(grid: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """Train a grid of models, tokens, group sizes, precisions and seeds from scratch.
+    """Train a grid of models, tokens, group sizes, precisions and seeds, from scratch or a trunk.
 
     GRID is a TOML file (docs/sweep.md). What is finished is never trained again: a killed sweep
     goes on when it is called again, and a grid may grow. Exit code 1 means some trainings failed.

@@ -42,6 +42,11 @@ _utilization = click.option(
     show_default=True,
     help="Share of that rate that a training reaches.",
 )
+_kind = click.option(
+    "--branched/--from-scratch",
+    default=None,
+    help="Use only arms that branched from a trunk, or only those from scratch.",
+)
 
 
 @law.command()
@@ -160,9 +165,16 @@ def budget(
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option("-o", "--output", type=PATH, help="Where to write the law, as JSON.")
 @click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
+@_kind
 @json_flag
-def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool) -> None:
-    """Fit the law's constants, with intervals, to trainings from scratch.
+def fit(
+    runs: tuple[Path, ...],
+    output: Path | None,
+    force: bool,
+    branched: bool | None,
+    as_json: bool,
+) -> None:
+    """Fit the law's constants, with intervals, to trainings from scratch, or to branched ones.
 
     RUN is a run directory of `verify --from-scratch`, the directory of a `sweep`, or a Parquet file
     of trainings (docs/formats.md).
@@ -171,7 +183,7 @@ def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool)
     """
     from bitplan.qat.law_result import fit_law
 
-    show(fit_law(runs, output, force=force), as_json)
+    show(fit_law(runs, output, force=force, branched=branched), as_json)
 
 
 @law.command()
@@ -190,6 +202,7 @@ def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool)
 @_gpu
 @_utilization
 @click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
+@_kind
 @json_flag
 def design(
     runs: tuple[Path, ...], gpu: str, utilization: float, as_json: bool, **options: Any

@@ -134,6 +134,7 @@ def design_law(
     groups: Sequence[float] = (),
     flops_per_second: float,
     force: bool = False,
+    branched: bool | None = None,
     bootstraps: int = law_fit.BOOTSTRAPS,
 ) -> Design:
     """Return what to train next for a law of the trainings of `paths`.
@@ -144,7 +145,7 @@ def design_law(
     """
     if exponent not in (ALL, *EXPONENTS):
         raise BitplanError(f"no exponent {exponent!r}: there are {', '.join((ALL, *EXPONENTS))}")
-    trainings, _ = read_trainings(paths, force=force)
+    trainings, _ = read_trainings(paths, force=force, branched=branched)
     differences = deltas(trainings)
     names: list[str] = differences["precision"].unique(maintain_order=True).to_list()
     chosen = precision or next(iter(names), "any precision")

@@ -121,13 +121,14 @@ def fit_law(
     output: Path | None = None,
     *,
     force: bool = False,
+    branched: bool | None = None,
     bootstraps: int = law_fit.BOOTSTRAPS,
 ) -> FittedLaw:
     """Fit the law to trainings and, where `output` is given, write it as JSON.
 
     Raises FitError where no precision can be fitted, and what read_trainings raises.
     """
-    trainings, left_out = read_trainings(paths, force=force)
+    trainings, left_out = read_trainings(paths, force=force, branched=branched)
     differences = deltas(trainings)
     if differences["delta"].is_null().all():
         raise FitError(

@@ -16,7 +16,7 @@ import polars as pl
 from bitplan.errors import DataError, RunError
 from bitplan.formats import Format, parse_format
 from bitplan.law import FC2_AT_8
-from bitplan.qat.record import RECORD_FILE, STATS_FILE, heldout_losses
+from bitplan.qat.record import RECORD_FILE, STATS_FILE, heldout_losses, trunk_weights
 from bitplan.rundir import MANIFEST, RunDir, read_json
 from bitplan.sites import PLANNED_ROLES
 from bitplan.tables import SWEEP, TRAININGS
@@ -26,12 +26,15 @@ RUNS = "runs"
 """Where a sweep keeps its run directories."""
 
 
-def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.DataFrame, int]:
+def read_trainings(
+    paths: Sequence[Path], *, force: bool = False, branched: bool | None = None
+) -> tuple[pl.DataFrame, int]:
     """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
-    Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
-    DataError for trainings on different text or tokens, or of one cell under several recipes, which
-    `force` pools all the same.
+    branched: only arms that branched from a trunk, or only those from scratch. Raises RunError for
+    a path that is neither a run directory nor Parquet of these columns, and DataError for
+    trainings on different text or tokens, of both kinds, or of one cell under several recipes,
+    which `force` pools all the same.
     """
     frames, left_out = [], 0
     for path in paths:
@@ -44,6 +47,8 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
             frame = _of_file(path)
         frames.append(frame)
     table = pl.concat(frames).unique(maintain_order=True)
+    if branched is not None:
+        table = table.filter(pl.col("trunk_tokens").is_not_null() == branched)
     for column in ("text", "tokenizer", "schedule"):
         values = table[column].drop_nulls().unique(maintain_order=True)
         if not force and len(values) > 1:
@@ -53,8 +58,19 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
                 "fit them apart, or pool them with --force"
             )
     if not force:
+        _refuse_both_kinds(table)
         _refuse_twice(table)
     return table, left_out
+
+
+def _refuse_both_kinds(table: pl.DataFrame) -> None:
+    scratch = table["trunk_tokens"].null_count()
+    if 0 < scratch < table.height:
+        raise DataError(
+            f"{scratch} of the trainings are from scratch and {table.height - scratch} branched "
+            "from a trunk, and their deltas do not compare: fit them apart with --from-scratch or "
+            "--branched, or pool them with --force"
+        )
 
 
 def _refuse_twice(table: pl.DataFrame) -> None:
@@ -99,11 +115,15 @@ def _of_run(run: RunDir) -> tuple[list[dict[str, Any]], int]:
             left_out += 1
             continue
         recipe = record["config"]["recipe"]
+        trunk = record["config"].get("trunk")
+        trunk_tokens = 0 if trunk is None else trunk["tokens"]
         tokenizer = record["config"].get("tokenizer")
         rows.append(
             {
                 "params": record["num_non_embedding_parameters"],
-                "tokens": record["tokens"],
+                "tokens": trunk_tokens + record["tokens"],
+                "trunk_tokens": trunk_tokens or None,
+                "trunk": trunk_weights(run, record["arm"], record["seed"]),
                 "group_size": _group_size(formats, stats),
                 "precision": precision,
                 "seed": record["seed"],
@@ -125,12 +145,16 @@ def _of_run(run: RunDir) -> tuple[list[dict[str, Any]], int]:
 def _with_deltas(run: RunDir, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with delta and its standard error over the held-out sequences."""
     losses = {(r["arm"], r["seed"]): heldout_losses(run, r["arm"], r["seed"]) for r in rows}
-    base = {r["seed"]: losses[r["arm"], r["seed"]] for r in rows if r["precision"] == BASELINE}
+    base = {
+        (r["seed"], r["trunk"]): losses[r["arm"], r["seed"]]
+        for r in rows
+        if r["precision"] == BASELINE
+    }
     found = []
     for row in rows:
-        extra = {}
-        if row["seed"] in base and row["precision"] != BASELINE:
-            paired = losses[row["arm"], row["seed"]] - base[row["seed"]]
+        extra, key = {}, (row["seed"], row["trunk"])
+        if key in base and row["precision"] != BASELINE:
+            paired = losses[row["arm"], row["seed"]] - base[key]
             many = len(paired) > 1
             extra = {
                 "delta": float(paired.mean()),
@@ -202,17 +226,25 @@ def _group_size(formats: Mapping[str, Format], shapes: pl.DataFrame) -> int | No
 def deltas(trainings: pl.DataFrame) -> pl.DataFrame:
     """Return params, tokens, group_size, precision, seed, delta: each training less its bf16.
 
-    The bf16 training is that of the same params, tokens and seed; where there is none the training
-    is left out.
+    The bf16 training is that of the same params, tokens and seed, and of the same weights of a
+    trunk; where there is none the training is left out.
     """
-    key = ["params", "tokens", "seed"]
+    names = ("params", "tokens", "seed", "trunk_tokens", "trunk")
+    key = [name for name in names if name in trainings.columns]
     base = (
         trainings.filter(precision=BASELINE).group_by(key).agg(pl.col("loss").mean().alias("base"))
     )
     return (
         trainings.filter(pl.col("precision") != BASELINE)
-        .join(base, on=key, maintain_order="left")
-        .select(*key, "group_size", "precision", delta=pl.col("loss") - pl.col("base"))
+        .join(base, on=key, maintain_order="left", nulls_equal=True)
+        .select(
+            "params",
+            "tokens",
+            "seed",
+            "group_size",
+            "precision",
+            delta=pl.col("loss") - pl.col("base"),
+        )
     )
 
 

@@ -1,18 +1,19 @@
 """Tasks in processes of their own, each with a device, and none lost.
 
-One task after another is handed to whichever process is free. A process that dies (killed, out of
-memory) takes the pool with it: the pool is made again and what was not finished is run again, twice
-at the most, so that a task has to be one that can be repeated. Where a task raises, what runs is
-let finish, what waits is dropped, and the error comes out. If this process dies, so do its workers.
-With one device there is no other process at all.
+One task after another is handed to whichever process is free; one that needs another waits until
+that is done, and others go first meanwhile. A process that dies (killed, out of memory) takes the
+pool with it: the pool is made again and what was not finished is run again, twice at the most, so
+that a task has to be one that can be repeated. Where a task raises, what runs is let finish, what
+waits is dropped, and the error comes out. If this process dies, so do its workers. With one device
+there is no other process at all.
 """
 
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -29,13 +30,15 @@ def run_tasks(
     work: Callable[[Any, str], None],
     label: str,
     report: Callable[[Any], None] | None = None,
+    needs: Mapping[int, int] | None = None,
 ) -> None:
     """Call `work(task, device)` for every task, on all devices at once; one may be named twice.
 
     Tasks and `work` must pickle. `report` is told each task that is done, here, in the place of a
-    count of them. Raises what a task raises, and TrainingError where processes keep
-    dying.
+    count of them. needs: a task's number to that of the one it waits for, which comes before it in
+    the list. Raises what a task raises, and TrainingError where processes keep dying.
     """
+    assert all(first < second for second, first in (needs or {}).items())
     if len(devices) == 1 or len(tasks) == 1:
         for task in tasks:
             work(task, devices[0])
@@ -44,7 +47,7 @@ def run_tasks(
         return
     left = list(range(len(tasks)))
     for attempt in range(1, ATTEMPTS + 1):
-        left = _run_pool(tasks, left, devices, work, label, report)
+        left = _run_pool(tasks, left, devices, work, label, report, needs or {})
         if not left:
             return
         if attempt == ATTEMPTS:
@@ -62,6 +65,7 @@ def _run_pool(
     work: Callable[[Any, str], None],
     label: str,
     report: Callable[[Any], None] | None,
+    needs: Mapping[int, int],
 ) -> list[int]:
     """Run the tasks of these numbers; return those that a dead process left undone."""
     # Forked processes cannot use CUDA, nor the threads of this one.
@@ -75,17 +79,29 @@ def _run_pool(
     with ProcessPoolExecutor(
         len(used), mp_context=context, initializer=_enter, initargs=(queue, threads)
     ) as pool:
-        futures: dict[Future[None], int] = {pool.submit(_call, work, tasks[n]): n for n in numbers}
+        running: dict[Future[None], int] = {}
+
+        def ended() -> Iterator[int]:
+            """Yield what is done, and keep every process busy with the first that may begin."""
+            waiting = list(numbers)
+            while waiting or running:
+                may_begin = [n for n in waiting if needs.get(n) not in undone]
+                for n in may_begin[: len(used) - len(running)]:
+                    waiting.remove(n)
+                    running[pool.submit(_call, work, tasks[n])] = n
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    n = running.pop(future)
+                    del undone[n]
+                    yield n
+
         try:
-            ended = as_completed(futures)
-            for future in ended if report else progress.track(ended, label, total=len(futures)):
-                future.result()
-                del undone[futures[future]]
+            for n in ended() if report else progress.track(ended(), label, total=len(undone)):
                 if report:
-                    report(tasks[futures[future]])
+                    report(tasks[n])
         except BrokenProcessPool:
-            finished = [f for f in futures if f.done() and not f.cancelled() and not f.exception()]
-            return sorted(set(undone) - {futures[f] for f in finished})
+            finished = [f for f in running if f.done() and not f.cancelled() and not f.exception()]
+            return sorted(set(undone) - {running[f] for f in finished})
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

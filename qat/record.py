@@ -4,6 +4,7 @@
     stats.parquet     statistics recorded during training (tables.PROFILE)
     heldout.parquet   final loss of each held-out sequence (tables.HELDOUT)
     record.json       configuration, its hash, losses, hashes, time; written last
+    trunk.json        of a branched arm: hash of the weights that it began from; written first
     state-<step>/     a training under way (state.py); gone when it ends
     stopped.json      why a training cannot go on, and under which configuration
 
@@ -27,6 +28,7 @@ STATS_FILE = "stats.parquet"
 HELDOUT_FILE = "heldout.parquet"
 RECORD_FILE = "record.json"
 STOPPED_FILE = "stopped.json"
+TRUNK_FILE = "trunk.json"
 TABLE_FILES = (METRICS_FILE, STATS_FILE, HELDOUT_FILE)
 
 
@@ -69,6 +71,21 @@ def heldout_losses(run: RunDir, arm: str, seed: int) -> npt.NDArray[np.float64]:
     frame = run.read_table(f"{arm_dir(arm, seed)}/{HELDOUT_FILE}").sort("sequence")
     losses: npt.NDArray[np.float64] = frame["loss"].to_numpy()
     return losses
+
+
+def begin_branch(run: RunDir, arm: str, seed: int, weights: str) -> None:
+    """Note the hash of the weights that an arm begins from; drop what began from others."""
+    if trunk_weights(run, arm, seed) == weights:
+        return
+    (run.path / arm_dir(arm, seed) / RECORD_FILE).unlink(missing_ok=True)
+    clean(run, arm, seed)
+    run.write_json(f"{arm_dir(arm, seed)}/{TRUNK_FILE}", {"weights": weights})
+
+
+def trunk_weights(run: RunDir, arm: str, seed: int) -> str | None:
+    """Return the hash of the weights that a branched arm began from, None from scratch."""
+    name = f"{arm_dir(arm, seed)}/{TRUNK_FILE}"
+    return str(run.read_json(name)["weights"]) if (run.path / name).is_file() else None
 
 
 def stop(run: RunDir, arm: str, seed: int, config_hash: str, reason: str) -> None:

@@ -10,7 +10,7 @@ system they share; that a training is never run by two is what the lock in sweep
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from bitplan.qat.pool import ATTEMPTS, run_tasks
 
 Work = Callable[[Any, str], None]
 Report = Callable[[Any], None]
+Needs = Mapping[int, int]
+"""A task's number to that of the one it waits for, which comes before it."""
 
 REACH_S = 5.0
 LOCAL_RAY = "local"
@@ -34,7 +36,7 @@ class Engine:
 
     device: str
     at_once: int
-    run: Callable[[Sequence[Any], Work, Report], None]
+    run: Callable[[Sequence[Any], Work, Report, Needs], None]
 
 
 @contextlib.contextmanager
@@ -50,8 +52,8 @@ def open_engine(options: SweepOptions) -> Iterator[Engine]:
     device = resolve_device(options.device)
     devices = training_devices(VerifyOptions(gpus=options.gpus, workers=options.workers), device)
 
-    def run(tasks: Sequence[Any], work: Work, report: Report) -> None:
-        run_tasks(tasks, devices, work, "trainings", report)
+    def run(tasks: Sequence[Any], work: Work, report: Report, needs: Needs) -> None:
+        run_tasks(tasks, devices, work, "trainings", report, needs)
 
     yield Engine(device.type, len(devices), run)
 
@@ -86,8 +88,8 @@ def _ray(options: SweepOptions) -> Iterator[Engine]:
         share = {"num_gpus": 1 / workers} if device == "cuda" else {"num_cpus": 1.0}
         at_once = gpus * workers if device == "cuda" else int(resources.get("CPU", 1))
 
-        def run(tasks: Sequence[Any], work: Work, report: Report) -> None:
-            _run_on(ray, tasks, work, report, device, share)
+        def run(tasks: Sequence[Any], work: Work, report: Report, needs: Needs) -> None:
+            _run_on(ray, tasks, work, report, needs, device, share)
 
         yield Engine(device, at_once, run)
     finally:
@@ -102,14 +104,30 @@ def _reach(address: str) -> None:
 
 
 def _run_on(
-    ray: Any, tasks: Sequence[Any], work: Work, report: Report, device: str, share: dict[str, float]
+    ray: Any,
+    tasks: Sequence[Any],
+    work: Work,
+    report: Report,
+    needs: Needs,
+    device: str,
+    share: dict[str, float],
 ) -> None:
-    """Call `work(task, device)` for every task on a cluster, in this order; none is lost."""
+    """Call `work(task, device)` for every task on a cluster, in this order; none is lost.
+
+    A task that needs another is handed over when that is done.
+    """
     remote = ray.remote(max_retries=ATTEMPTS - 1, **share)(work)
-    waiting = {remote.remote(task, device): task for task in tasks}
+    waiting: dict[Any, int] = {}
+
+    def begin(after: int | None) -> None:
+        for n, task in enumerate(tasks):
+            if needs.get(n) == after:
+                waiting[remote.remote(task, device)] = n
+
+    begin(None)
     while waiting:
         for reference in ray.wait(list(waiting))[0]:
-            task = waiting.pop(reference)
+            number = waiting.pop(reference)
             try:
                 ray.get(reference)
             except ray.exceptions.RayTaskError as error:
@@ -119,4 +137,5 @@ def _run_on(
                     f"a worker of the cluster died {ATTEMPTS} times over one training ({error}); "
                     "what is done stays: go on with fewer --workers"
                 ) from error
-            report(task)
+            report(tasks[number])
+            begin(number)

@@ -27,9 +27,16 @@
     tokens = [1e6]
     seeds = [2, 3]
 
-The cells are the union over the parts of models x tokens x seeds x precisions x group sizes; one
-that several parts name is one cell, and bf16 has no group size. Every quantized cell needs the bf16
-of its model, tokens, seed and recipe, as its delta is the difference of the two.
+    [[parts]]                           # branched: arms go on from points of a bf16 training
+    trunk_tokens = [1e6, 4e6]           # the points
+    trunk_warmup_steps = 50             # then the peak rate, at every point
+    trunk_seed = 0                      # the trunk's weights and data; seeds order those of arms
+    tokens = [1e6]                      # of each arm, from there
+
+The cells are the union over the parts of models x trunk tokens x tokens x seeds x precisions x
+group sizes; one that several parts name is one cell, and bf16 has no group size. Every quantized
+cell needs the bf16 of its model, tokens, seed, recipe and trunk, as its delta is the difference of
+the two.
 """
 
 import itertools
@@ -48,6 +55,7 @@ from bitplan.qat.recipe import Recipe
 BASELINE = "bf16"
 ROW = "row"
 DEFAULT_EVAL_TOKENS = 262_144
+DEFAULT_TRUNK_WARMUP_STEPS = 50
 MODEL_KEYS = ("layers", "hidden", "ffn", "heads")
 
 
@@ -90,6 +98,15 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Trunk:
+    """What an arm goes on from: the first steps of a bf16 training, with the arm's recipe."""
+
+    steps: int
+    warmup_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Cell:
     """One training of a grid."""
 
@@ -99,11 +116,20 @@ class Cell:
     group_size: int | str | None
     """None for bf16."""
     seed: int
+    trunk: Trunk | None = None
+    """None for a training from scratch."""
+
+    @property
+    def trunk_tokens(self) -> int:
+        """Tokens of the trunk, 0 from scratch."""
+        steps = 0 if self.trunk is None else self.trunk.steps
+        return steps * self.recipe.batch_size * self.recipe.seq_len
 
     @property
     def tokens(self) -> int:
-        """Training tokens, D: whole steps."""
-        return self.recipe.steps * self.recipe.batch_size * self.recipe.seq_len
+        """Training tokens, D: whole steps, those of the trunk among them."""
+        own = self.recipe.steps * self.recipe.batch_size * self.recipe.seq_len
+        return self.trunk_tokens + own
 
     @property
     def arm(self) -> str:
@@ -131,8 +157,11 @@ class Grid:
         return max(cell.tokens for cell in self.cells)
 
 
+_TRUNK_KEYS = {"trunk_warmup_steps", "trunk_seed"}
 _KEYS = {
     "tokens",
+    "trunk_tokens",
+    *_TRUNK_KEYS,
     "group_sizes",
     "precisions",
     "seeds",
@@ -229,11 +258,33 @@ def _cells(part: Mapping[str, Any], base: Path) -> Iterator[Cell]:
             raise BitplanError(f"no precision {name!r}: there are {', '.join(PRECISIONS)}")
         if name != BASELINE and not groups:
             raise BitplanError(f'{name} needs group_sizes, e.g. [32, 128, "row"]')
-    for row, count, seed in itertools.product(_values(part, "models"), tokens, listed):
+    points = _values(part, "trunk_tokens") if "trunk_tokens" in part else [None]
+    if points == [None] and (given := sorted(_TRUNK_KEYS & set(part))):
+        raise BitplanError(f"{given[0]} is of a trunk: give trunk_tokens as well, or leave it out")
+    for row, point, count, seed in itertools.product(
+        _values(part, "models"), points, tokens, listed
+    ):
         shape, recipe = _shape(row, base), _recipe(part["recipe"], row, count)
+        trunk = None if point is None else _trunk(part, recipe, point)
         for name in precisions:
             for group in [None] if name == BASELINE else groups:
-                yield Cell(shape, recipe, name, group, _whole(seed, "seeds", least=0))
+                yield Cell(shape, recipe, name, group, _whole(seed, "seeds", least=0), trunk)
+
+
+def _trunk(part: Mapping[str, Any], recipe: Recipe, tokens: Any) -> Trunk:
+    """Return the trunk of so many tokens; raise BitplanError where its warmup is not over."""
+    warmup = part.get("trunk_warmup_steps", DEFAULT_TRUNK_WARMUP_STEPS)
+    trunk = Trunk(
+        steps=_steps(tokens, "trunk_tokens", recipe.batch_size, recipe.seq_len),
+        warmup_steps=_whole(warmup, "trunk_warmup_steps"),
+        seed=_whole(part.get("trunk_seed", 0), "trunk_seed", least=0),
+    )
+    if trunk.steps <= trunk.warmup_steps:
+        raise BitplanError(
+            f"trunk_tokens has {tokens:,.0f}, {trunk.steps} steps, of which {trunk.warmup_steps} "
+            "are warmup: give more, or fewer trunk_warmup_steps"
+        )
+    return trunk
 
 
 def _values(part: Mapping[str, Any], key: str) -> list[Any]:
@@ -291,13 +342,7 @@ def _recipe(table: Mapping[str, Any], row: Mapping[str, Any], tokens: Any) -> Re
     if missing := sorted({"batch_size", "seq_len", "lr"} - set(given)):
         raise BitplanError(f"recipe lacks {', '.join(missing)}")
     batch_size, seq_len = (_whole(given[key], key) for key in ("batch_size", "seq_len"))
-    count = _whole(tokens, "tokens")
-    steps = round(count / (batch_size * seq_len))
-    if count < batch_size * seq_len:
-        raise BitplanError(
-            f"tokens has {count:,}, less than one batch of {batch_size} x {seq_len} = "
-            f"{batch_size * seq_len:,}"
-        )
+    steps = _steps(tokens, "tokens", batch_size, seq_len)
     for field in fields(Recipe):
         if field.name in given and not _fits(given[field.name], field.type):
             kinds = get_args(field.type) or (field.type,)
@@ -308,6 +353,17 @@ def _recipe(table: Mapping[str, Any], row: Mapping[str, Any], tokens: Any) -> Re
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
     return Recipe(**{**given, "steps": steps, "batch_size": batch_size, "seq_len": seq_len})
+
+
+def _steps(tokens: Any, key: str, batch_size: int, seq_len: int) -> int:
+    """Return the whole steps that are nearest to so many tokens."""
+    count = _whole(tokens, key)
+    if count < batch_size * seq_len:
+        raise BitplanError(
+            f"{key} has {count:,}, less than one batch of {batch_size} x {seq_len} = "
+            f"{batch_size * seq_len:,}"
+        )
+    return round(count / (batch_size * seq_len))
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -323,9 +379,9 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _check_baselines(cells: Mapping[Cell, None]) -> None:
-    have = {(c.shape, c.recipe, c.seed) for c in cells if c.precision == BASELINE}
+    have = {(c.shape, c.recipe, c.seed, c.trunk) for c in cells if c.precision == BASELINE}
     for cell in cells:
-        if (cell.shape, cell.recipe, cell.seed) not in have:
+        if (cell.shape, cell.recipe, cell.seed, cell.trunk) not in have:
             raise BitplanError(
                 f"{cell.arm} of {cell.shape.name} at {cell.tokens:,} tokens, seed {cell.seed}, has "
                 'no bf16 to be compared with: add "bf16" to its precisions'

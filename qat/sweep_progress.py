@@ -8,15 +8,16 @@ import polars as pl
 
 from bitplan import progress
 from bitplan.qat.rates import duration, expected_rate
-from bitplan.qat.sweep_work import Task
+from bitplan.qat.sweep_trunk import Point
+from bitplan.qat.sweep_work import Task, failure
 
 
 class Progress:
     """The trainings that are left, forecast from those that are done."""
 
-    def __init__(self, tasks: Sequence[Task], at_once: int, measured: pl.DataFrame) -> None:
+    def __init__(self, tasks: Sequence[Task | Point], at_once: int, measured: pl.DataFrame) -> None:
         """Begin with the rates of earlier trainings, tables.SWEEP."""
-        self.left = {task.config_hash: task for task in tasks}
+        self.left = {task.key: task for task in tasks}
         self.total = len(tasks)
         self.at_once = at_once
         self.failed = 0
@@ -42,17 +43,17 @@ class Progress:
         spent = (time.monotonic() - self.start) * min(self.at_once, self.total)
         return whole * max(1.0, spent / self.trained_s)
 
-    def done(self, task: Task) -> None:
+    def done(self, task: Task | Point) -> None:
         """Take a training off, and say on stderr how far along the sweep is."""
-        del self.left[task.config_hash]
-        name = f"{task.run.name}/{task.arm}/seed-{task.seed}"
-        if (record := task.record()) is None:
+        del self.left[task.key]
+        if (outcome := task.outcome()) is None:
             self.failed += 1
-            text = f"{name} failed: {task.failure()}"
+            text = f"{task.name} failed: {failure(task)}"
         else:
-            self.trained_s += record["seconds"]
-            self.rates[task.params].append(record["tokens"] / record["seconds"])
-            text = f"{name} {record['loss']['heldout']:.4f} in {record['seconds']:.0f} s"
+            loss, seconds = outcome
+            self.trained_s += seconds
+            self.rates[task.params].append(task.num_tokens / seconds)
+            text = f"{task.name} {loss:.4f} in {seconds:.0f} s"
         rest = self.seconds_left
         left = "" if rest is None or not self.left else f", about {duration(rest)} left"
         progress.say(

@@ -4,7 +4,7 @@
     after    w16a4-fc2-8 over w4a16: those of FC2 at 8
 
 with the intervals and the words of verdict.py, from the held-out losses of the seeds that bf16 and
-both arms have in common.
+both arms have in common; arms of a trunk, where they began from the same weights.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from bitplan.rundir import RunDir
 from bitplan.tables import RATIOS
 
 WEIGHTS = "w4a16"
+SHARED = ("params", "tokens", "group_size", "trunk_tokens", "schedule")
 INPUTS = {False: "w16a4", True: "w16a4-fc2-8"}
 """Whether FC2's inputs have 8 bits, to the precision."""
 
@@ -34,20 +35,22 @@ def read_ratios(sweep: Path, trainings: pl.DataFrame) -> pl.DataFrame:
             rows += _of_run(RunDir.open(place), of_run)
     table = RATIOS.frame(rows)
     if (sweep / RATIOS.file).is_file():
-        table = pl.concat([table, pl.read_parquet(sweep / RATIOS.file).select(*RATIOS.schema)])
+        before = pl.read_parquet(sweep / RATIOS.file)
+        table = pl.concat([table, RATIOS.frame(before.iter_rows(named=True))])
     return table.unique(["run", "group_size", "fc2_at_8"], keep="first", maintain_order=True)
 
 
 def _of_run(run: RunDir, trainings: pl.DataFrame) -> Iterator[dict[str, Any]]:
     seeds = {
-        str(arm): set(of_arm["seed"])
+        str(arm): set(of_arm.select("seed", "trunk").iter_rows())
         for (arm,), of_arm in trainings.group_by("arm", maintain_order=True)
     }
     for arm in [arm for arm in seeds if arm.startswith(f"{WEIGHTS}-")]:
         first = trainings.filter(pl.col("arm") == arm).row(0, named=True)
         for fc2_at_8, inputs in INPUTS.items():
             arms = (BASELINE, arm, inputs + arm.removeprefix(WEIGHTS))
-            common = sorted(set.intersection(*(seeds.get(name, set()) for name in arms)))
+            paired_seeds = set.intersection(*(seeds.get(name, set()) for name in arms))
+            common = sorted(seed for seed, _ in paired_seeds)
             if not common:
                 continue
             losses = {
@@ -57,7 +60,7 @@ def _of_run(run: RunDir, trainings: pl.DataFrame) -> Iterator[dict[str, Any]]:
             paired = arithmetic.differences(losses, BASELINE)
             ratio = arithmetic.ratio(paired[arms[2]], paired[arm])
             yield {
-                **{key: first[key] for key in ("params", "tokens", "group_size", "schedule")},
+                **{key: first[key] for key in SHARED},
                 "fc2_at_8": fc2_at_8,
                 "R": ratio.estimate,
                 "low": ratio.low,

@@ -14,7 +14,9 @@ class Run:
     name: str
     params: int
     tokens: int
-    """Training tokens of each cell."""
+    """Tokens that each cell trains on."""
+    trunk_tokens: int
+    """Tokens that it was trained on before, with others; 0 from scratch."""
     steps: int
     cells: int
     left: int
@@ -27,6 +29,8 @@ class Sweep:
 
     path: str
     runs: tuple[Run, ...]
+    trunks: Mapping[str, int]
+    """Points of trunks that were not there when the sweep began, to the tokens up to each."""
     dry_run: bool
     seconds_left: float | None
     """Forecast when the sweep began; None where nothing was measured."""
@@ -58,12 +62,14 @@ class Sweep:
         width = max(len(run.name) for run in self.runs)
         head = f"{'run':{width}} {'N':>12} {'D':>15} {'steps':>8} {'cells':>6} {'to train':>9}"
         rows = [
-            f"{run.name:{width}} {run.params:>12,} {run.tokens:>15,} {run.steps:>8,} "
+            f"{run.name:{width}} {run.params:>12,} {run.trunk_tokens + run.tokens:>15,} "
+            f"{run.steps:>8,} "
             f"{run.cells:>6} {run.left:>9}"
             for run in self.runs
         ]
         tokens = sum(run.left * run.tokens for run in self.runs)
-        lines = [head, *rows, ""]
+        trunks = [f"{name}: {count:,} tokens to train" for name, count in self.trunks.items()]
+        lines = [head, *rows, "", *trunks]
         if self.dry_run:
             flops = sum(6 * run.params * run.tokens * run.left for run in self.runs)
             time = "unknown before one is trained"

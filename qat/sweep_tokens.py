@@ -5,7 +5,10 @@
     tokens.json   what they were made from, and hashes of both
 
 A seed orders windows of the whole training split, and a training takes as many as its D needs: a
-longer one begins with the shorter one's, and neither changes when cells are added to the grid.
+longer one begins with the shorter one's, and neither changes when cells are added to the grid. What
+follows a trunk is the order of the arm's own seed without the windows that the trunk has read, so
+that trunk and arm together are within one epoch, and arms of a seed after several points of the
+trunk read nearly the same text.
 """
 
 from array import array
@@ -27,6 +30,14 @@ from bitplan.rundir import content_hash, file_hash, read_json, write_atomic, wri
 TRAIN_FILE = "train.npy"
 HELDOUT_FILE = "heldout.npy"
 FACTS_FILE = "tokens.json"
+
+
+@dataclass(frozen=True)
+class Read:
+    """Windows that a trunk has read: the first ones in the order of a seed."""
+
+    sequences: int
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +64,31 @@ class Tokens:
         """Return the held-out windows, [sequences, seq_len] int64."""
         return torch.from_numpy(np.load(Path(self.path) / HELDOUT_FILE).astype(np.int64))
 
-    def train_ids(self, sequences: int, seed: int) -> Tensor:
+    def train_ids(self, sequences: int, seed: int, after: Read | None = None) -> Tensor:
         """Return the first windows in the order of a seed, [sequences, seq_len] int64.
 
-        Where there are fewer windows they come again, in another order each time.
+        after: leave out what a trunk has read. Where there are fewer windows they come again, in
+        another order each time.
         """
         windows = _mapped(self.path, self.seq_len)
-        order: list[npt.NDArray[np.int64]] = []
+        epoch, read = divmod(0 if after is None else after.sequences, len(windows))
+        own = _order(len(windows), seed, epoch)
+        if after is not None:
+            own = own[~np.isin(own, _order(len(windows), after.seed, epoch)[:read])]
+        order = [own]
         while sum(map(len, order)) < sequences:
-            rng = np.random.default_rng([seed, len(order)])
-            order.append(rng.permutation(len(windows)))
+            order.append(_order(len(windows), seed, epoch + len(order)))
         chosen = np.concatenate(order)[:sequences]
         return torch.from_numpy(windows[chosen].astype(np.int64))
 
-    def order_hash(self, sequences: int, seed: int) -> str:
+    def order_hash(self, sequences: int, seed: int, after: Read | None = None) -> str:
         """Return what identifies `train_ids` without reading them."""
-        return content_hash([self.train, self.seq_len, sequences, seed])
+        left_out = [] if after is None else [asdict(after)]
+        return content_hash([self.train, self.seq_len, sequences, seed, *left_out])
+
+
+def _order(windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
 @lru_cache(maxsize=1)

@@ -121,11 +121,14 @@ def train_arm(
     accelerator: Accelerator,
     *,
     save_every_s: float = SAVE_EVERY_S,
+    pause_at: int | None = None,
 ) -> dict[str, Any]:
     """Train a copy of `model` as the job says, write the arm's files, and return its record.
 
-    Goes on from the state of an interrupted training of the same job. Raises TrainingError where
-    the loss stops being finite and where memory runs out; the last state stays in place.
+    Goes on from the state of an interrupted training of the same job. pause_at: the first steps
+    only; their state stays for a later call to go on from, and is what is returned. Raises
+    TrainingError where the loss stops being finite and where memory runs out; the last state stays
+    in place.
     """
     check_launch(accelerator)
     if job.recipe.compiled and (accelerator.device.type, accelerator.num_processes) != ("cuda", 1):
@@ -141,7 +144,7 @@ def train_arm(
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
-            return _train(run, model, job, accelerator, save_every_s)
+            return _train(run, model, job, accelerator, save_every_s, pause_at)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -151,15 +154,21 @@ def train_arm(
 
 
 def _train(
-    run: RunDir, model: nn.Module, job: Job, accelerator: Accelerator, save_every_s: float
+    run: RunDir,
+    model: nn.Module,
+    job: Job,
+    accelerator: Accelerator,
+    save_every_s: float,
+    pause_at: int | None,
 ) -> dict[str, Any]:
     training = _Training(run, model, job, accelerator)
+    training.last = pause_at or job.recipe.steps
     try:
         # Entered before the weights move: drift is told from those of the checkpoint.
         with training.recorder:
             training.resume()
             training.run(save_every_s)
-            return training.finish()
+            return training.finish() if pause_at is None else training.pause()
     finally:
         del training.passes  # it and the training hold each other, and so the GPU's memory
         accelerator.free_memory()
@@ -245,6 +254,7 @@ class _Training:
         recipe = job.recipe
         self.average = TailAverage(self.plain, steps=recipe.steps, share=recipe.average_tail)
         self.step = 0
+        self.last = recipe.steps
         self.metrics: list[dict[str, float]] = []
         every = max(1, job.recipe.steps // job.recipe.records)
         self.recorder = Recorder(self.plain, every, drift=True, restart=False)
@@ -270,13 +280,13 @@ class _Training:
 
     def run(self, save_every_s: float) -> None:
         """Take the steps that are left."""
-        recipe, saved = self.job.recipe, time.monotonic()
+        saved = time.monotonic()
         label = f"{self.job.arm}, seed {self.job.seed}"
-        for step in track(range(self.step, recipe.steps), label):
+        for step in track(range(self.step, self.last), label):
             self.take_step(step)
             self.average.add(step)
             (is_due,) = broadcast_object_list([time.monotonic() - saved >= save_every_s])
-            if is_due and self.step < recipe.steps:
+            if is_due and self.step < self.last:
                 self.save()
                 saved = time.monotonic()
 
@@ -354,7 +364,7 @@ class _Training:
         if self.step > 0 and all(gather_object([all(finite)])):
             self.save()
         reason = (
-            f"the loss is {loss} at step {step + 1} of {self.job.recipe.steps}; first site that is "
+            f"the loss is {loss} at step {step + 1} of {self.last}; first site that is "
             f"not finite: {site or 'none, the gradient is'}; lower --lr "
             f"(now {self.job.recipe.lr:g})"
         )
@@ -439,10 +449,13 @@ class _Training:
         unread: RunError | None = None
         for path in find_states(self.path):
             try:
-                if read_state(path)["config_hash"] != self.job.config_hash:
-                    return None
+                state = read_state(path)
             except RunError as error:
                 unread = error
+                continue
+            if state["config_hash"] != self.job.config_hash:
+                return None
+            if state["step"] > self.last:  # of a part that paused later
                 continue
             if unread is not None:
                 say(f"{unread}; going on from the state before it, {path.name}")
@@ -450,6 +463,18 @@ class _Training:
         if unread is not None:
             raise unread
         return None
+
+    def pause(self) -> dict[str, Any]:
+        """Write the state and the metrics so far; return the state."""
+        self.save()
+        assert self.last_state is not None
+        if self.accelerator.is_main_process:
+            remove_states(self.path, keep=(self.last_state,))
+            place = files.arm_dir(self.job.arm, self.job.seed)
+            name = f"{place}/{files.METRICS_FILE}"
+            self.directory.write_table(name, METRICS.frame(self.metrics))
+        self.accelerator.wait_for_everyone()
+        return read_state(self.last_state)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, write the arm's files, the record last, and return the record."""

@@ -21,6 +21,15 @@ def die_once(task: tuple[Path, int], device: str) -> None:
     note(task, device)
 
 
+def after(task: tuple[Path, int, int | None], device: str) -> None:
+    """Note where a task begins before the one it needs is done; kill the worker at 1, once."""
+    folder, number, needed = task
+    if needed is not None and not (folder / f"{needed}").exists():
+        (folder / f"early-{number}").touch()
+    time.sleep(0.05)
+    (note if device == "first" else die_once)((folder, number), device)
+
+
 def die(task: tuple[Path, int], device: str) -> None:
     """Kill the worker at task 1, always."""
     if task[1] == 1:

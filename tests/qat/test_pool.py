@@ -33,6 +33,16 @@ def test_every_device_takes_its_share_and_a_dead_worker_is_replaced(tmp_path: Pa
     assert (tmp_path / "died").exists()
 
 
+@pytest.mark.parametrize("devices", [["first"], ["first", "second", "third"]])
+def test_a_task_waits_for_the_one_it_needs(tmp_path: Path, devices: list[str]) -> None:
+    # A chain of three, an arm of each of its links, and one task alone that dies once.
+    needs = {2: 0, 3: 2, 4: 0, 5: 2, 6: 3}
+    tasks = [(tmp_path, n, needs.get(n)) for n in range(7)]
+    run_tasks(tasks, devices, pool_work.after, "tasks", needs=needs)
+    assert sorted(done(tmp_path)) == list(range(7))
+    assert not list(tmp_path.glob("early-*"))
+
+
 def test_a_task_that_always_kills_ends_in_an_error_and_the_others_stay(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"keep dying.*fewer --workers"):
         run_tasks([(tmp_path, n) for n in range(2)], ["a", "b"], pool_work.die, "tasks")

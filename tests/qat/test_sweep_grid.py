@@ -25,7 +25,11 @@ GRID: dict[str, Any] = {
     "repeat": False,
     "recipe": {"batch_size": 8, "seq_len": 64, "lr": 1e-3, "betas": [0.9, 0.95]},
     "models": [{"layers": 2, "hidden": 64, "ffn": 128, "heads": 2, "lr": 2e-3}],
-    "parts": [{}, {"seeds": [7], "recipe": {"schedule": "wsd"}}],
+    "parts": [
+        {},
+        {"seeds": [7], "recipe": {"schedule": "wsd"}},
+        {"trunk_tokens": [1e5, 2e5], "trunk_seed": 1, "trunk_warmup_steps": 9, "tokens": [1e5]},
+    ],
 }
 JUNK = st.sampled_from(
     [None, True, -1, 0, 2.5, float("nan"), float("inf"), "x", "", [], [[]], {}, [{}], {"x": 1}]
@@ -42,7 +46,15 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def test_the_cells_are_all_combinations() -> None:
-    cells = parse_grid(GRID).cells
+    found = parse_grid(GRID).cells
+    branched = [cell for cell in found if cell.trunk is not None]
+    assert len(branched) == 2 * 2 * (1 + 2 * 2)
+    assert {(c.trunk.steps, c.trunk.warmup_steps, c.trunk.seed) for c in branched if c.trunk} == {
+        (round(1e5 / 512), 9, 1),
+        (round(2e5 / 512), 9, 1),
+    }
+    assert {cell.tokens for cell in branched} == {195 * 512 + 195 * 512, 391 * 512 + 195 * 512}
+    cells = [cell for cell in found if cell.trunk is None]
     # Two D, three seeds in all, and bf16 beside two precisions at two group sizes.
     assert len(cells) == 2 * 3 * (1 + 2 * 2) == len(set(cells))
     assert {cell.recipe.lr for cell in cells} == {2e-3}  # the model's own

@@ -19,6 +19,7 @@ from bitplan.qat.law_runs import read_sweep
 from bitplan.qat.sweep import run_sweep
 
 from .test_sweep import CPU, grid, losses
+from .test_sweep_trunk import BRANCHED
 
 __all__ = ["grid"]  # the fixture
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets to its own threads
@@ -102,3 +103,14 @@ def test_without_ray_the_extra_is_named(
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(BitplanError, match=r"pip install 'bitplan\[ray\]'"):
         run_sweep(grid(), tmp_path / "sweep", SweepOptions(ray="local"))
+
+
+@pytest.mark.slow
+def test_arms_of_a_cluster_wait_for_their_point(
+    cluster: Any, grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = grid(extra=BRANCHED)
+    run_sweep(path, tmp_path / "here", CPU)
+    found = run_sweep(path, tmp_path / "ray", SweepOptions(device="cpu", ray=cluster.address))
+    assert not found.failed
+    assert losses(tmp_path / "ray") == pytest.approx(losses(tmp_path / "here"), rel=1e-5)
