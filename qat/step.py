@@ -11,10 +11,11 @@ The optimizer stays outside, so that a loss that is not finite is met before it 
 Not captured: several processes (their all-reduce belongs to the backward pass), CPUs, mixtures of
 experts (how many tokens an expert sees decides shapes), models that read values on the host in
 their forward pass, which is only known from trying, and passes that do not give, when replayed, the
-loss and the gradient norm that they give as written: compiled, those with trained scales of inputs.
+loss and the gradient norm that they give as written.
 """
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import patch
@@ -101,9 +102,13 @@ class Step:
                     self._plain(self._batch)
             self._forget_gradients()
             graph = torch.cuda.CUDAGraph()
+            gc.collect()
             before = random.clone_state()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with (
+                    _without_collection(),
+                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                ):
                     self._loss, self._norm = self._run(self._batch)
             except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
@@ -140,6 +145,18 @@ def alike(written: Sequence[float], replayed: Sequence[float]) -> bool:
         math.isclose(a, b, rel_tol=ROUNDING) or not (math.isfinite(a) and math.isfinite(b))
         for a, b in zip(written, replayed, strict=True)
     )
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Collect no garbage inside: the graph of an earlier arm, freed in a capture, spoils it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
