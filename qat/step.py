@@ -113,7 +113,7 @@ class Step:
             except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
                 random.graphsafe_set_state(before)
-                return self._refuse(str(error))
+                return self._refuse(_cause(error))
         self._graph, self._gradients = graph, [p.grad for p in self._parameters]
         torch.cuda.manual_seed(seed)  # dropout as in the plain pass
         replayed = [float(value) for value in self._replay(batch)]
@@ -134,6 +134,13 @@ class Step:
         self._batch.copy_(batch)
         self._graph.replay()
         return self._loss, self._norm
+
+
+def _cause(error: BaseException) -> str:
+    """Return what broke a capture: ending it fails too, and that is the error that arrives."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"
 
 
 def alike(written: Sequence[float], replayed: Sequence[float]) -> bool:
