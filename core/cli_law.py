@@ -43,6 +43,12 @@ _utilization = click.option(
     help="Share of that rate that a training reaches.",
 )
 
+_schedule = click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "wsd"]),
+    help="Take the trainings whose learning rate fell so alone.",
+)
+
 
 @law.command()
 @click.option("--params", type=float, required=True, help="Non-embedding parameters, e.g. 594.5e6.")
@@ -159,9 +165,12 @@ def budget(
 @law.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option("-o", "--output", type=PATH, help="Where to write the law, as JSON.")
+@_schedule
 @click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
 @json_flag
-def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool) -> None:
+def fit(
+    runs: tuple[Path, ...], output: Path | None, schedule: str | None, force: bool, as_json: bool
+) -> None:
     """Fit the law's constants, with intervals, to trainings from scratch.
 
     RUN is a run directory of `verify --from-scratch`, the directory of a `sweep`, or a Parquet file
@@ -171,7 +180,7 @@ def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool)
     """
     from bitplan.qat.law_result import fit_law
 
-    show(fit_law(runs, output, force=force), as_json)
+    show(fit_law(runs, output, schedule=schedule, force=force), as_json)
 
 
 @law.command()
@@ -189,6 +198,7 @@ def fit(runs: tuple[Path, ...], output: Path | None, force: bool, as_json: bool)
 @click.option("--group-size", "groups", type=float, multiple=True, help="G to choose from.")
 @_gpu
 @_utilization
+@_schedule
 @click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
 @json_flag
 def design(

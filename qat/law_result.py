@@ -6,7 +6,7 @@ inputs add up to that of both.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,26 @@ def fit_law(
     paths: Sequence[Path],
     output: Path | None = None,
     *,
+    schedule: str | None = None,
     force: bool = False,
     bootstraps: int = law_fit.BOOTSTRAPS,
 ) -> FittedLaw:
     """Fit the law to trainings and, where `output` is given, write it as JSON.
 
-    Raises FitError where no precision can be fitted, and what read_trainings raises.
+    schedule: fit to those whose learning rate fell so alone. Raises FitError where no precision can be fitted, and what read_trainings raises.
     """
-    trainings, left_out = read_trainings(paths, force=force)
+    trainings, left_out = read_trainings(paths, schedule=schedule, force=force)
+    found = replace(fit_trainings(trainings, bootstraps=bootstraps), left_out=left_out)
+    if output is None:
+        return found
+    write_laws(output, found.laws(f"{trainings.height} trainings of {', '.join(map(str, paths))}"))
+    return replace(found, written=output)
+
+
+def fit_trainings(
+    trainings: pl.DataFrame, *, bootstraps: int = law_fit.BOOTSTRAPS
+) -> FittedLaw:
+    """Fit the law to a table of trainings; raise FitError where no precision can be fitted."""
     differences = deltas(trainings)
     if differences["delta"].is_null().all():
         raise FitError(
@@ -139,32 +151,29 @@ def fit_law(
         for name in PRECISIONS
         if not (rows := differences.filter(precision=name)).is_empty()
     }
+    if not cells:
+        raise FitError(f"no training is of a precision of the law: {', '.join(PRECISIONS)}")
     fits, refused = _fit_all(cells, bootstraps)
     if not fits:
-        raise FitError(next(iter(refused.values()), "no training is of a precision of the law"))
-    found = FittedLaw(
+        raise FitError(next(iter(refused.values())))
+    return FittedLaw(
         fits=fits,
         refused=refused,
         forms={name: _compare(cells[name]) for name in fits},
         additivity=_additivity(cells),
         baseline=_baseline(trainings),
         trainings=trainings.height,
-        left_out=left_out,
+        left_out=0,
         grid=facts(trainings),
-        written=output,
     )
-    if output is not None:
-        write_laws(
-            output, found.laws(f"{trainings.height} trainings of {', '.join(map(str, paths))}")
-        )
-    return found
 
 
 def _fit_all(cells: Mapping[str, Cells], bootstraps: int) -> tuple[dict[str, Fit], dict[str, str]]:
     fits, refused = {}, {}
+    pairs = law_fit.pairs_of(list(cells.values()))
     for name, found in cells.items():
         try:
-            fits[name] = law_fit.fit(found, bootstraps=bootstraps)
+            fits[name] = law_fit.fit(found, bootstraps=bootstraps, pairs=pairs)
         except FitError as error:
             refused[name] = str(error)
     return fits, refused

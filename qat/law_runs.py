@@ -26,10 +26,12 @@ RUNS = "runs"
 """Where a sweep keeps its run directories."""
 
 
-def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.DataFrame, int]:
+def read_trainings(
+    paths: Sequence[Path], *, schedule: str | None = None, force: bool = False
+) -> tuple[pl.DataFrame, int]:
     """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
-    Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
+    schedule: only the trainings whose learning rate fell so. Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
     DataError for trainings on different text or tokens, or of one cell under several recipes, which
     `force` pools all the same.
     """
@@ -44,17 +46,24 @@ def read_trainings(paths: Sequence[Path], *, force: bool = False) -> tuple[pl.Da
             frame = _of_file(path)
         frames.append(frame)
     table = pl.concat(frames).unique(maintain_order=True)
+    if schedule is not None:
+        table = table.filter(schedule=schedule)
+    if not force:
+        refuse_mixed(table)
+    return table, left_out
+
+
+def refuse_mixed(table: pl.DataFrame) -> None:
+    """Raise DataError for trainings whose losses do not compare, or of one cell twice."""
     for column in ("text", "tokenizer", "schedule"):
         values = table[column].drop_nulls().unique(maintain_order=True)
-        if not force and len(values) > 1:
+        if len(values) > 1:
             found = ", ".join(str(v)[:8] for v in values)
             raise DataError(
                 f"the trainings are on different {column}s ({found}), whose losses do not compare: "
                 "fit them apart, or pool them with --force"
             )
-    if not force:
-        _refuse_twice(table)
-    return table, left_out
+    _refuse_twice(table)
 
 
 def _refuse_twice(table: pl.DataFrame) -> None:
