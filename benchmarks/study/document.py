@@ -33,7 +33,7 @@ from claims import (
     tokens_exponent,
 )
 from figures import ROLE_WORDS, short
-from study import CELL, COSINE, PAIR, WORDS, WSD, Study, read_studies, spread
+from study import CELL, COSINE, PAIR, TRUNK, WORDS, WSD, Study, read_studies, spread
 
 from bitplan.errors import BitplanError
 from bitplan.law import FC2_AT_8, PAPER
@@ -93,6 +93,8 @@ def _head(studies: Sequence[Study], command: str) -> Lines:
 
 def _run(studies: Sequence[Study], per_gpu: int) -> Lines:
     rows = pl.concat([s.trainings for s in studies])
+    trunks = rows[TRUNK].fill_null(0) if TRUNK in rows.columns else 0
+    branched = any(s.branched for s in studies)
     yield "## What was run"
     yield ""
     hours = rows["seconds"].sum() / 3600
@@ -100,8 +102,9 @@ def _run(studies: Sequence[Study], per_gpu: int) -> Lines:
     many = f", with {per_gpu} at a time on each GPU" if per_gpu > 1 else ""
     yield (
         f"{rows.height:,} trainings on {hardware or 'unknown hardware'}{many}: "
-        f"{rows['tokens'].sum() / 1e9:.3g}B tokens in {hours / per_gpu:.3g} GPU hours"
-        + (f" ({hours:.3g} hours of single trainings)." if per_gpu > 1 else ".")
+        f"{(rows['tokens'] - trunks).sum() / 1e9:.3g}B tokens in {hours / per_gpu:.3g} GPU hours"
+        + (f" ({hours:.3g} hours of single trainings)" if per_gpu > 1 else "")
+        + (", those of the trunks not counted." if branched else ".")
     )
     yield ""
     for study in studies:
@@ -431,7 +434,7 @@ def _effective(study: Study, picture: Callable[..., Lines]) -> Lines:
     yield from _table(
         ["precision", "cells", "least", "median", "most"],
         [
-            [WORDS[name], of.height]
+            [WORDS[name], of.len()]
             + [f"{value:.1%}" for value in (of.min(), of.median(), of.max())]
             for name in PRECISIONS
             if (of := found.filter(precision=name)["multiplier"]).len()

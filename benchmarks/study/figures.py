@@ -35,7 +35,9 @@ LINE_POINTS = 25
 
 def write_svg(chart: Any, path: Path) -> None:
     """Write a chart as an SVG on light paper."""
-    spec = theme.resolve(chart.to_dict() | {"config": theme.CONFIG}, theme.LIGHT)
+    # Without labels of every mark for screen readers the files are half as large.
+    config = theme.CONFIG | {"aria": False}
+    spec = theme.resolve(chart.to_dict() | {"config": config}, theme.LIGHT)
     drawn = vl_convert.vegalite_to_svg(spec).encode()
     write_atomic(path, lambda file: file.write(drawn))
 
@@ -234,10 +236,7 @@ def ratio_chart(study: Study) -> Any:
         base.mark_line(strokeWidth=1).encode(y=y),
         base.mark_rule(strokeWidth=1).encode(y="low:Q", y2="high:Q"),
         base.mark_point(filled=True, size=45).encode(y=y, shape=shape),
-        inline(pl.DataFrame({"one": [1.0]}))
-        .mark_rule(color="theme:faint", strokeDash=[5, 3])
-        .encode(y="one:Q"),
-        data=alt.InlineData(values=rows.drop("params", "tokens", "group_size").to_dicts()),
+        _level(base, 1.0),
     ).properties(width=300, height=220)
     names = rows["inputs"].unique(maintain_order=True).to_list()
     return layers.facet(facet=alt.Facet("inputs:N", title=None, sort=names, header=_header()))
@@ -292,18 +291,26 @@ def effective_chart(study: Study, baseline: Baseline) -> Any:
     )
     keys = [_key("params", n) for n in found["params"].unique().sort()]
     hue, shape = _keyed(keys)
-    half = inline(pl.DataFrame({"half": [0.5]}))
     y = alt.Y("multiplier:Q", title="worth of a parameter", axis=alt.Axis(format="%"))
     base = inline(rows).encode(x=_log_x("tokens"), color=hue)
     layers = alt.layer(
         base.mark_line(strokeWidth=1).encode(y=y),
         base.mark_point(filled=True, size=45).encode(y=y, shape=shape),
-        half.mark_rule(color="theme:faint", strokeDash=[5, 3]).encode(y="half:Q"),
-        data=alt.InlineData(values=rows.to_dicts()),
+        _level(base, 0.5),
     ).properties(width=230, height=170)
     names = [WORDS[p] for p in WORDS if WORDS[p] in set(rows["precision"])]
     return layers.facet(
         facet=alt.Facet("precision:N", title=None, sort=names, header=_header()), columns=3
+    )
+
+
+def _level(base: alt.Chart, value: float) -> alt.Chart:
+    """Return a dashed line across the panel. Of the same data, as only that is cut into panels."""
+    return base.mark_rule(strokeDash=[5, 3], strokeWidth=1).encode(
+        y=alt.datum(value),
+        x=alt.value(0),
+        x2=alt.value("width"),
+        color=alt.value("theme:faint"),
     )
 
 
@@ -315,7 +322,7 @@ def _keyed(keys: Sequence[str], field: str = "key") -> tuple[alt.Color, alt.Shap
     """Return color and shape of a line or point: neither is relied on alone."""
     hues = [HUES[i % len(HUES)] for i in range(len(keys))]
     shapes = [SHAPES[i % (len(SHAPES) - 1)] for i in range(len(keys))]
-    legend = alt.Legend(columns=6, symbolType=None)
+    legend = alt.Legend(columns=6)
     return (
         alt.Color(
             f"{field}:N", title=None, sort=keys, legend=legend,
@@ -333,7 +340,7 @@ def _log_x(axis: str) -> alt.X:
         "x:Q",
         title=AXES[axis][0],
         scale=alt.Scale(type="log", nice=False, padding=10),
-        axis=alt.Axis(labelExpr=SI_LABEL, tickCount=4),
+        axis=alt.Axis(labelExpr=SI_LABEL, tickCount=4, labelOverlap="greedy", labelSeparation=6),
     )
 
 

@@ -106,10 +106,13 @@ def read_studies(sweeps: Sequence[Path], *, bootstraps: int) -> list[Study]:
 
 
 def _tables(sweeps: Sequence[Path], name: str, schema: dict[str, pl.DataType]) -> pl.DataFrame:
-    paths = [sweep / name for sweep in sweeps if (sweep / name).is_file()]
-    return pl.concat(
-        [pl.DataFrame(schema=schema), *(pl.read_parquet(p).select(*schema) for p in paths)]
-    )
+    """Return the rows of a file in all sweeps that have it; columns that a file lacks are null."""
+    found = [pl.DataFrame(schema=schema)]
+    for path in (sweep / name for sweep in sweeps):
+        if path.is_file():
+            table = pl.read_parquet(path)
+            found.append(table.select(column for column in schema if column in table.columns))
+    return pl.concat(found, how="diagonal")
 
 
 def _study(
