@@ -14,9 +14,9 @@ cell is the standard deviation over seeds, pooled over the cells that have sever
 
 Intervals are of a bootstrap over (N, D), whose cells share their bf16 and so its noise, and within
 each over seeds, the same for all its cells. Fits of several precisions to the same `pairs` are of
-the same draws, number by number, so that constants of two of them can be compared. What the data cannot carry is refused with what is
-missing: a variable of a single value, fewer cells than parameters ask for, or deltas of which most
-are not above twice their noise.
+the same draws, number by number, so that constants of two of them can be compared. What the data
+cannot carry is refused with what is missing: a variable of a single value, fewer cells than
+parameters ask for, or deltas of which most are not above twice their noise.
 """
 
 import itertools

@@ -126,7 +126,8 @@ def fit_law(
 ) -> FittedLaw:
     """Fit the law to trainings and, where `output` is given, write it as JSON.
 
-    schedule: fit to those whose learning rate fell so alone. Raises FitError where no precision can be fitted, and what read_trainings raises.
+    schedule: fit to those whose learning rate fell so alone. Raises FitError where no precision can
+    be fitted, and what read_trainings raises.
     """
     trainings, left_out = read_trainings(paths, schedule=schedule, force=force)
     found = replace(fit_trainings(trainings, bootstraps=bootstraps), left_out=left_out)
@@ -136,9 +137,7 @@ def fit_law(
     return replace(found, written=output)
 
 
-def fit_trainings(
-    trainings: pl.DataFrame, *, bootstraps: int = law_fit.BOOTSTRAPS
-) -> FittedLaw:
+def fit_trainings(trainings: pl.DataFrame, *, bootstraps: int = law_fit.BOOTSTRAPS) -> FittedLaw:
     """Fit the law to a table of trainings; raise FitError where no precision can be fitted."""
     differences = deltas(trainings)
     if differences["delta"].is_null().all():

@@ -31,9 +31,9 @@ def read_trainings(
 ) -> tuple[pl.DataFrame, int]:
     """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
-    schedule: only the trainings whose learning rate fell so. Raises RunError for a path that is neither a run directory nor Parquet of these columns, and
-    DataError for trainings on different text or tokens, or of one cell under several recipes, which
-    `force` pools all the same.
+    schedule: only the trainings whose learning rate fell so. Raises RunError for a path that is
+    neither a run directory nor Parquet of these columns, and DataError for trainings on different
+    text or tokens, or of one cell under several recipes, which `force` pools all the same.
     """
     frames, left_out = [], 0
     for path in paths:

@@ -32,7 +32,14 @@ from bitplan.qat.verdict import TOLERANCE, fieller
 REPRODUCED, NOT_REPRODUCED, UNDETERMINED = "reproduced", "not reproduced", "undetermined"
 PLAIN = ("w4a4", "w4a16", "w16a4")
 WEIGHTS, INPUTS, BOTH = "w4a16", "w16a4", "w4a4"
-FINE, MIDDLE, COARSE = 32, 128, 256
+MIDDLE = 128
+"""G of what is told of one G, as in the paper."""
+GROUPS = {
+    "G = 32": pl.col("group_size") == 32,
+    f"G = {MIDDLE}": pl.col("group_size") == MIDDLE,
+    "G from 256 on": pl.col("group_size") >= 256,
+}
+FINE, _, COARSE = GROUPS
 SYMBOLS = {"gamma_n": "gamma_N", "gamma_d": "gamma_D", "gamma_g": "gamma_G", "k": "k"}
 
 
@@ -78,13 +85,11 @@ def judge(found: Measured, holds: tuple[float, float]) -> str:
 
 
 def fit_of(study: Study, precision: str) -> Fit:
-    """Return a precision's fit; raise NotMeasured with the reason of `law fit` where it has none."""
+    """Return a precision's fit; raise NotMeasured with `law fit`'s reason where it has none."""
     if study.fitted is None:
         raise NotMeasured(study.refused)
     if precision not in study.fitted.fits:
-        raise NotMeasured(
-            study.fitted.refused.get(precision, f"no training of {WORDS[precision]}")
-        )
+        raise NotMeasured(study.fitted.refused.get(precision, f"no training of {WORDS[precision]}"))
     return study.fitted.fits[precision]
 
 
@@ -128,13 +133,14 @@ def student(values: np.ndarray[Any, Any]) -> tuple[float, float | None, float | 
     return mean, mean - half, mean + half
 
 
-def ratio(
-    below: str, above: str, group_size: int | None = None
-) -> Callable[[Study], Measured]:
-    """Measure the delta of `above` over that of `below`, summed over the cells that have both."""
+def ratio(below: str, above: str, group: str | None = None) -> Callable[[Study], Measured]:
+    """Measure the delta of `above` over that of `below`, summed over the cells that have both.
+
+    group: of GROUPS; None: all.
+    """
 
     def measure(study: Study) -> Measured:
-        wide = _cells(study, below, above, group_size=group_size)
+        wide = _cells(study, below, above, group=group)
         means = by_pair(wide, below, above)
         pairs = means.shape[1]
         x, y = (float(v) for v in means.mean(1))
@@ -185,11 +191,11 @@ def _counted(study: Study, found: Measured, values: pl.Series, words: str) -> Me
     )
 
 
-def reduction(whole: str, group_size: int) -> Callable[[Study], Measured]:
+def reduction(whole: str, group: str) -> Callable[[Study], Measured]:
     """Measure by what share 8 bits at the inputs of FC2 lower delta."""
 
     def measure(study: Study) -> Measured:
-        found = ratio(whole, whole + FC2_AT_8, group_size)(study)
+        found = ratio(whole, whole + FC2_AT_8, group)(study)
         low, high = (None if b is None else 1 - b for b in (found.high, found.low))
         return Measured(1 - found.estimate, low, high, found.about)
 
@@ -202,32 +208,38 @@ def more_at_coarse(study: Study) -> Measured:
     The interval is of the first-order expansion of both ratios, over the pairs that have both.
     """
     fixed = BOTH + FC2_AT_8
-    both = [_cells(study, BOTH, fixed, group_size=g).drop("group_size") for g in (FINE, COARSE)]
-    wide = both[0].join(both[1], on=PAIR, suffix="_coarse", maintain_order="left")
+    fine, coarse = (
+        _cells(study, BOTH, fixed, group=group)
+        .group_by(PAIR, maintain_order=True)
+        .agg(pl.col(BOTH, fixed).mean())
+        for group in (FINE, COARSE)
+    )
+    wide = fine.join(coarse, on=PAIR, suffix="_coarse", maintain_order="left")
     if wide.is_empty():
-        raise NotMeasured(f"no (N, D) has it at G = {FINE} and at G = {COARSE}")
+        raise NotMeasured(f"no (N, D) has it at {FINE} and at {COARSE}")
     x, y, u, v = by_pair(wide, BOTH, fixed, f"{BOTH}_coarse", f"{fixed}_coarse")
-    fine, coarse = y.mean() / x.mean(), v.mean() / u.mean()
-    parts = (y - fine * x) / x.mean() - (v - coarse * u) / u.mean()
+    left, left_coarse = y.mean() / x.mean(), v.mean() / u.mean()
+    parts = (y - left * x) / x.mean() - (v - left_coarse * u) / u.mean()
     _, low, high = student(parts)
-    middle = float(fine - coarse)
+    middle = float(left - left_coarse)
     about = f"{len(x)} (N, D)"
     if low is None or high is None:
         return Measured(middle, about=about)
     return Measured(middle, middle + low, middle + high, about)
 
 
-def _cells(study: Study, *precisions: str, group_size: int | None = None) -> pl.DataFrame:
-    wide = study.beside(*precisions, group_size=group_size)
+def _cells(study: Study, *precisions: str, group: str | None = None) -> pl.DataFrame:
+    wide = study.beside(*precisions)
+    if group is not None:
+        wide = wide.filter(GROUPS[group])
     if wide.is_empty():
-        at = "" if group_size is None else f" at G = {group_size}"
+        at = "" if group is None else f" at {group}"
         raise NotMeasured(f"no cell has {' and '.join(WORDS[p] for p in precisions)}{at}")
     return wide
 
 
 def _over(cells: pl.DataFrame) -> str:
-    number = cells.select(CELL).n_unique() if "group_size" in cells.columns else cells.height
-    return f"{number} cells of {cells.select(PAIR).n_unique()} (N, D)"
+    return f"{cells.height} cells of {cells.select(PAIR).n_unique()} (N, D)"
 
 
 def crossover(*, fc2_at_8: bool) -> Callable[[Study], Measured]:
@@ -344,7 +356,7 @@ def tokens_exponent(study: Study, precision: str, cells: pl.DataFrame | None = N
     if whole.is_empty():
         raise NotMeasured(f"no N and G has {WORDS[precision]} at several D")
     means = whole.group_by(PAIR, maintain_order=True).agg(pl.col("delta").mean())
-    if means["delta"].min() <= 0:  # type: ignore[operator]
+    if means["delta"].min() <= 0:
         raise NotMeasured("a delta is not above 0, so it has no logarithm")
     logs = means.with_columns(x=pl.col("tokens").log(), y=pl.col("delta").log()).with_columns(
         pl.col(name) - pl.col(name).mean().over("params") for name in ("x", "y")
@@ -382,9 +394,7 @@ def claims(paper: LawSet) -> list[Claim]:
 
     def above(finding: int, a: str, b: str, name: str) -> Claim:
         text = f"{SYMBOLS[name]}: {WORDS[a]} less {WORDS[b]} is above 0"
-        return Claim(
-            finding, text, gap(a, b, name), positive, difference(a, b, name), plain
-        )
+        return Claim(finding, text, gap(a, b, name), positive, difference(a, b, name), plain)
 
     exponents = [
         Claim(
@@ -405,21 +415,26 @@ def claims(paper: LawSet) -> list[Claim]:
     saves = [
         Claim(
             4,
-            f"FC2 input at 8 bits lowers delta of W4A4 at G = {group}",
+            f"FC2 input at 8 bits lowers delta of W4A4 at {group}",
             text,
             positive,
             reduction(BOTH, group),
             percent,
         )
-        for group, text in (
-            (FINE, "20.5 %"),
-            (MIDDLE, f"{saved:.1%} (its law at 594.5M, 100B)"),
-            (COARSE, "42.9 %"),
+        for group, text in zip(
+            GROUPS,
+            ("20.5%", f"{saved:.1%} (its law at 594.5M, 100B)", "42.9% (G = 256)"),
+            strict=True,
         )
     ]
     return [
         Claim(
-            1, "delta is above 0 in every cell (its mean)", "all cells", positive, every_delta, plain
+            1,
+            "delta is above 0 in every cell (its mean)",
+            "all cells",
+            positive,
+            every_delta,
+            plain,
         ),
         *exponents,
         above(1, INPUTS, BOTH, "gamma_g"),
@@ -460,8 +475,8 @@ def claims(paper: LawSet) -> list[Claim]:
         *saves,
         Claim(
             4,
-            f"and more so at G = {COARSE} than at G = {FINE} (difference of the shares)",
-            "22.4 %",
+            f"and more so at {COARSE} than at {FINE} (difference of the shares)",
+            "22.4%",
             positive,
             more_at_coarse,
             percent,
@@ -476,7 +491,7 @@ def claims(paper: LawSet) -> list[Claim]:
         ),
         Claim(
             4,
-            "with it the errors converge: R within {:g} to {:g}".format(*TOLERANCE),
+            f"with it the errors converge: R within {TOLERANCE[0]:g} to {TOLERANCE[1]:g}",
             "0.85 to 1.10",
             TOLERANCE,
             ratio(WEIGHTS, INPUTS + FC2_AT_8),

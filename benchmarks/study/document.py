@@ -19,7 +19,6 @@ import polars as pl
 from claims import (
     MIDDLE,
     NOT_REPRODUCED,
-    PLAIN,
     REPRODUCED,
     SYMBOLS,
     UNDETERMINED,
@@ -70,8 +69,8 @@ def _head(studies: Sequence[Study], command: str) -> Lines:
     yield "# The paper's study in miniature"
     yield ""
     yield (
-        "The scaling law of quantization-aware training (arXiv 2505.14302) comes from 268 trainings "
-        f"of models of 74M to 595M parameters on 10B to 100B tokens. This is the same study "
+        "The scaling law of quantization-aware training (arXiv 2505.14302) is of 268 trainings "
+        "of models of 74M to 595M parameters on 10B to 100B tokens. This is the same study "
         "on models some hundred times smaller, with this package, from real text, judged by "
         "held-out loss. What holds at this scale need not hold at the paper's, and the other way "
         "round."
@@ -80,9 +79,12 @@ def _head(studies: Sequence[Study], command: str) -> Lines:
     for study in studies:
         judged = [judge_claim(study, claim)[1] for claim in claims(PAPER)]
         yield (
-            f"- **{study.title}**: of {len(judged)} claims that state the paper's findings, "
-            f"{judged.count(REPRODUCED)} are reproduced, {judged.count(NOT_REPRODUCED)} are not, "
-            f"{judged.count(UNDETERMINED)} are undetermined."
+            f"- **{study.title}**: of {len(judged)} claims that state the paper's findings: "
+            + ", ".join(
+                f"{judged.count(word)} {word}"
+                for word in (REPRODUCED, NOT_REPRODUCED, UNDETERMINED)
+            )
+            + "."
         )
     yield ""
     yield "Every number, verdict and figure below is computed from the tables by one command:"
@@ -288,7 +290,8 @@ def _law(study: Study) -> Lines:
         yield ""
         return
     fitted = study.fitted
-    yield "delta = k D^gamma_D (log2 G)^gamma_G / N^gamma_N, nats per token; the paper's below ours."
+    yield "delta = k D^gamma_D (log2 G)^gamma_G / N^gamma_N, nats per token. "
+    yield "The paper's below ours."
     yield ""
     rows = []
     for name in PRECISIONS:
@@ -373,7 +376,7 @@ def _pictures(study: Study, place: Path) -> Lines:
     if not study.beside("w4a4", "w4a16", "w16a4").drop_nulls().is_empty():
         additive = study.fitted and study.fitted.additivity
         text = "delta of W4A4 over the sum of its parts" + (
-            f"; the line is {additive[0]:.3f} times the sum." if additive else "; the line is the sum."
+            f"; the line is {additive[0]:.3f} times it." if additive else "; the line is equality."
         )
         yield from picture("sum", lambda: figures.added(study), text)
     if not figures.ratios(study).is_empty():

@@ -5,7 +5,6 @@ cannot show what is not above 0: such cells are left out of the picture, never o
 and `hidden` counts them.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import altair as alt
 import numpy as np
 import polars as pl
 import vl_convert
-from claims import BOTH, INPUTS, MIDDLE, PLAIN, WEIGHTS
-from study import CELL, PAIR, WORDS, Study
+from claims import BOTH, INPUTS, MIDDLE, WEIGHTS
+from study import CELL, WORDS, Study
 
 from bitplan.law import FC2_AT_8, Baseline, Law
 from bitplan.qat.verdict import fieller
@@ -73,15 +72,11 @@ def against(study: Study, axis: str) -> Any:
     values = sorted({row["split_value"] for row in rows})
     keys = [_key(split, v) for v in values]
     hue, shape = _keyed(keys)
-    base = inline(pl.DataFrame(rows, infer_schema_length=None)).encode(
-        x=_log_x(axis), color=hue
-    )
+    base = inline(pl.DataFrame(rows, infer_schema_length=None)).encode(x=_log_x(axis), color=hue)
     is_cell = alt.datum.kind == "cell"
     y = alt.Y("delta:Q", title="delta, nats per token", scale=alt.Scale(type="log"))
     layers = alt.layer(
-        base.transform_filter(alt.datum.kind == "law")
-        .mark_line(strokeWidth=1.5)
-        .encode(y=y),
+        base.transform_filter(alt.datum.kind == "law").mark_line(strokeWidth=1.5).encode(y=y),
         base.transform_filter(is_cell).mark_rule(strokeWidth=1).encode(y="low:Q", y2="high:Q"),
         base.transform_filter(is_cell).mark_point(filled=True, size=45).encode(y=y, shape=shape),
     ).properties(width=230, height=190)
@@ -178,8 +173,8 @@ def added(study: Study) -> Any:
 def _diagonal(
     rows: pl.DataFrame, x: tuple[str, str], y: tuple[str, str], factor: float, **encodings: Any
 ) -> Any:
-    ends = [min(rows[x[0]].min(), rows[y[0]].min()), max(rows[x[0]].max(), rows[y[0]].max())]  # type: ignore[type-var]
-    line = pl.DataFrame({x[0]: ends, y[0]: [factor * end for end in ends]})  # type: ignore[operator]
+    ends = [min(rows[x[0]].min(), rows[y[0]].min()), max(rows[x[0]].max(), rows[y[0]].max())]
+    line = pl.DataFrame({x[0]: ends, y[0]: [factor * end for end in ends]})
     scale = alt.Scale(type="log", nice=False)
     encoded = {
         "x": alt.X(f"{x[0]}:Q", title=x[1] + ", nats", scale=scale),

@@ -82,13 +82,13 @@ class Study:
         """Return the cells of a precision."""
         return self.cells.filter(precision=precision)
 
-    def beside(self, *precisions: str, group_size: int | None = None) -> pl.DataFrame:
+    def beside(self, *precisions: str) -> pl.DataFrame:
         """Return CELL and a delta per precision, of the cells that all of them have."""
         wide = self.of(precisions[0]).select(*CELL, pl.col("delta").alias(precisions[0]))
         for name in precisions[1:]:
             other = self.of(name).select(*CELL, pl.col("delta").alias(name))
             wide = wide.join(other, on=CELL, maintain_order="left")
-        return wide if group_size is None else wide.filter(group_size=group_size)
+        return wide
 
 
 def read_studies(sweeps: Sequence[Path], *, bootstraps: int) -> list[Study]:
