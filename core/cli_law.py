@@ -23,10 +23,10 @@ def law() -> None:
 
 _law = click.option(
     "--law",
-    "law_file",
-    type=PATH,
-    metavar="FILE",
-    help="A law that `law fit` wrote.  [default: the paper's]",
+    "asked",
+    metavar="NAME|FILE",
+    help="paper, another that ships, or a file that `law fit` wrote.  [default: the one that was "
+    "fitted nearest to N and D]",
 )
 
 _gpu = click.option(
@@ -62,7 +62,7 @@ def predict(
     tokens: float,
     group_size: float,
     precision: str,
-    law_file: Path | None,
+    asked: str | None,
     as_json: bool,
 ) -> None:
     """Predict delta, final loss and R, with and without 8 bits at the inputs of FC2.
@@ -70,9 +70,10 @@ def predict(
     Example: bitplan law predict --params 594.5e6 --tokens 100e9 --group-size 128
     """
     from bitplan.forecast import predict
-    from bitplan.law import read_laws
+    from bitplan.law_choice import find_law
 
-    show(predict(params, tokens, group_size, precision, read_laws(law_file)), as_json)
+    laws = find_law(asked, needs=[precision], params=params, tokens=tokens)
+    show(predict(params, tokens, group_size, precision, laws), as_json)
 
 
 @law.command()
@@ -85,7 +86,7 @@ def crossover(
     params: tuple[float, ...],
     groups: tuple[float, ...],
     chart: Path | None,
-    law_file: Path | None,
+    asked: str | None,
     as_json: bool,
 ) -> None:
     """Tell the training tokens at which the weights come to cost more than the inputs.
@@ -93,13 +94,11 @@ def crossover(
     Example: bitplan law crossover --params 1e9 --group-size 32 --group-size 128
     """
     from bitplan import forecast
-    from bitplan.law import read_laws
+    from bitplan.law_choice import find_law
 
-    found = forecast.crossover(
-        params or forecast.CROSSOVER_PARAMS,
-        groups or forecast.CROSSOVER_GROUPS,
-        read_laws(law_file),
-    )
+    params = params or forecast.CROSSOVER_PARAMS
+    laws = find_law(asked, needs=forecast.CROSSOVER_NEEDS, params=params)
+    found = forecast.crossover(params, groups or forecast.CROSSOVER_GROUPS, laws)
     if chart is not None:
         from bitplan.reports.law_page import write_crossover
 
@@ -129,7 +128,7 @@ def budget(
     params: float | None,
     tokens: float | None,
     group_size: float,
-    law_file: Path | None,
+    asked: str | None,
     as_json: bool,
 ) -> None:
     """Compare 4 bits, FC2 inputs at 8 bits and 8 bits for one budget, of compute or of bytes.
@@ -139,25 +138,30 @@ def budget(
     Example: bitplan law budget --bytes 4e9 --tokens 100e9
     """
     from bitplan import budget as arithmetic
-    from bitplan.law import read_laws
+    from bitplan.law_choice import find_law
     from bitplan.planner.devices import find_device
 
     given = [v for v in (flops, gpu_hours, size_bytes, weight_bits) if v is not None]
     if len(given) != 1:
         raise click.UsageError("give one of --flops, --gpu-hours, --bytes and --weight-bits")
-    laws = read_laws(law_file)
     if flops is not None or gpu_hours is not None:
         if tokens is not None:
             raise click.UsageError("--tokens is for --bytes: compute gives D by itself")
         if gpu_hours is not None:
             flops = gpu_hours * 3600 * find_device(gpu).rates_tops["bf16"] * 1e12 * utilization
         assert flops is not None
+        known: dict[str, Any] = (
+            {"flops": flops} if params is None else {"flops": flops, "params": params}
+        )
+        laws = find_law(asked, needs=arithmetic.NEEDS, **known)
         found = arithmetic.for_compute(flops, group_size, params=params, laws=laws)
     else:
         if tokens is None or params is not None:
             raise click.UsageError("--bytes and --weight-bits go with --tokens, without --params")
         size = size_bytes if weight_bits is None else weight_bits / 8
         assert size is not None
+        most = 8 * size / arithmetic.FEWEST_BITS
+        laws = find_law(asked, needs=arithmetic.NEEDS, params=most, tokens=tokens)
         found = arithmetic.for_serving(size, tokens, group_size, laws=laws)
     show(found, as_json)
 

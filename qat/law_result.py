@@ -18,6 +18,8 @@ from bitplan.law import Baseline, Grid, Law, LawSet, write_laws
 from bitplan.qat import law_fit
 from bitplan.qat.law_fit import FORMS, Cells, Fit
 from bitplan.qat.law_runs import BASELINE, deltas, facts, read_trainings
+from bitplan.rundir import content_hash, file_hash, versions
+from bitplan.tables import SWEEP
 
 PRECISIONS = ("w4a4", "w4a16", "w16a4", "w4a4+fc2", "w16a4+fc2")
 CONSTANTS = ("k", "gamma_n", "gamma_d", "gamma_g")
@@ -39,7 +41,7 @@ class FittedLaw:
     grid: Mapping[str, Sequence[float]]
     written: Path | None = None
 
-    def laws(self, source: str) -> LawSet:
+    def laws(self, source: str, provenance: Mapping[str, Any]) -> LawSet:
         """Return the fits as a law; raise FitError where bf16 could not be fitted."""
         if self.baseline is None:
             raise FitError(
@@ -50,6 +52,11 @@ class FittedLaw:
             baseline=self.baseline,
             laws={name: Law(**fit.estimate) for name, fit in self.fits.items()},
             grid=Grid(**{name: (low, high) for name, (low, high) in self.grid.items()}),
+            intervals={
+                name: {c: (fit.low[c], fit.high[c]) for c in CONSTANTS}
+                for name, fit in self.fits.items()
+            },
+            provenance=provenance,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -133,7 +140,8 @@ def fit_law(
     found = replace(fit_trainings(trainings, bootstraps=bootstraps), left_out=left_out)
     if output is None:
         return found
-    write_laws(output, found.laws(f"{trainings.height} trainings of {', '.join(map(str, paths))}"))
+    source = f"{trainings.height} trainings of {', '.join(map(str, paths))}"
+    write_laws(output, found.laws(source, _provenance(paths, trainings, schedule)))
     return replace(found, written=output)
 
 
@@ -165,6 +173,21 @@ def fit_trainings(trainings: pl.DataFrame, *, bootstraps: int = law_fit.BOOTSTRA
         left_out=0,
         grid=facts(trainings),
     )
+
+
+def _provenance(
+    paths: Sequence[Path], trainings: pl.DataFrame, schedule: str | None
+) -> dict[str, Any]:
+    """Return what a law was fitted to: the tables by hash, and how their trainings were done."""
+    tables = [path / SWEEP.file if path.is_dir() else path for path in paths]
+    return {
+        "tables": {str(path): file_hash(path) for path in tables if path.is_file()},
+        "trainings": content_hash(sorted(trainings["config_hash"].drop_nulls())),
+        "schedule": schedule,
+        "text": trainings["text"].drop_nulls().unique().sort().to_list(),
+        "hardware": trainings["hardware"].drop_nulls().unique().sort().to_list(),
+        "versions": dict(versions()),
+    }
 
 
 def _fit_all(cells: Mapping[str, Cells], bootstraps: int) -> tuple[dict[str, Fit], dict[str, str]]:

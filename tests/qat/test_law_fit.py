@@ -28,6 +28,7 @@ from bitplan.qat.law_fit import (
 from bitplan.qat.law_result import fit_law
 from bitplan.qat.law_runs import classify, deltas, read_trainings
 from bitplan.qat.verify import verify_plan
+from bitplan.rundir import file_hash
 from bitplan.tables import TRAININGS
 
 PARAMS = (1e6, 3e6, 1e7, 3e7)
@@ -291,3 +292,17 @@ def test_trainings_of_one_schedule_are_taken_from_a_table_of_several(tmp_path: P
         read_trainings([path])
     found, _ = read_trainings([path], schedule="wsd")
     assert found["loss"].sort().to_list() == wsd["loss"].sort().to_list()
+
+
+def test_a_written_law_says_what_it_was_fitted_to(tmp_path: Path) -> None:
+    source, law = tmp_path / "trainings.parquet", tmp_path / "law.json"
+    trainings(noise=0.001).write_parquet(source)
+    found = fit_law([source], law, schedule="cosine", bootstraps=20)
+    written = read_laws(law)
+    for name, fitted in found.fits.items():
+        for constant in ("k", "gamma_n", "gamma_d", "gamma_g"):
+            _, low, high = fitted.interval(constant)
+            assert written.intervals[name][constant] == (low, high)
+    assert written.provenance["tables"] == {str(source): file_hash(source)}
+    assert written.provenance["schedule"] == "cosine"
+    assert written.grid.params == (min(PARAMS), max(PARAMS))
