@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from bitplan import law_choice
 from bitplan.errors import PlanError, RunError
 from bitplan.forecast import check_values
 from bitplan.formats import Operand, parse_formats, short_groups_note
 from bitplan.law import FC2_AT_8, LawSet
-from bitplan.law_choice import find_law
 from bitplan.options import PlanOptions
 from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
@@ -96,9 +96,11 @@ def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> Pl
     with directory.lock():
         read = (PROFILE, ERRORS, SENSITIVITY, *([TRAINED] if options.converge else []))
         tables = {t.file: directory.path / t.file for t in read}
+        if options.law is not None:
+            tables["law"] = Path(options.law)
         found = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
-        if options.tokens is not None:
-            found["law"] = content_hash(asdict(_training(directory, options)[1]))
+        if options.tokens is not None and "law" not in found:
+            found["law"] = content_hash(list(map(asdict, law_choice.shipped().values())))
         key = {**asdict(options), "inputs": found}
         if directory.is_done("plan", key) or _stands(directory, key):
             # A damaged file is made again, which is what its error message asks for.
@@ -227,7 +229,9 @@ def _training(directory: RunDir, options: PlanOptions) -> tuple[float, LawSet]:
         raise PlanError(f"{directory.path} does not say how many parameters there are: --params N")
     assert options.tokens is not None
     check_values(params=params, tokens=options.tokens)
-    laws = find_law(options.law, needs=NEEDED, params=float(params), tokens=options.tokens)
+    laws = law_choice.find_law(
+        options.law, needs=NEEDED, params=float(params), tokens=options.tokens
+    )
     if not all(laws.has_ratio(fc2_at_8=fc2) for fc2 in (False, True)):
         raise PlanError(
             f"--law {options.law}: a plan needs laws for w4a16, w16a4 and w16a4+fc2, and it has "
