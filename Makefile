@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXPORTS := .venv-exports
-SOURCES := $(sort $(wildcard core/*.py probe/*.py probe/*.c* planner/*.py qat/*.py reports/* core/embedded/*))
+SOURCES := $(sort $(wildcard core/*.py probe/*.py probe/*.c* planner/*.py qat/*.py reports/* core/embedded/* core/laws/*))
 
 .PHONY: help setup demo demo-smollm2 test test-exports test-ray llama-quantize check fix docs wheel clean
 

@@ -44,6 +44,9 @@ CHOICES = (
     Choice(LOSSLESS, "8 bits, taken as lossless", 8),
 )
 
+NEEDS = tuple(c.precision for c in CHOICES if c.precision != LOSSLESS)
+FEWEST_BITS = min(c.weight_bits for c in CHOICES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -156,7 +159,7 @@ def _row(laws: LawSet, choice: Choice, n: float, d: float, g: float) -> dict[str
 
 def _sorted(budget: str, group_size: float, rows: list[dict[str, Any]], laws: LawSet) -> Budget:
     rows.sort(key=lambda row: row["loss"])
-    return Budget(budget=budget, group_size=group_size, rows=tuple(rows), source=laws.source)
+    return Budget(budget=budget, group_size=group_size, rows=tuple(rows), source=laws.named)
 
 
 def _argmin(loss: Callable[[float], float], low: float, high: float) -> float:

@@ -241,8 +241,9 @@ def profile(
     PlanOptions,
     "law",
     "--law",
-    metavar="FILE",
-    help="A law that `law fit` wrote, with --tokens.  [default: the paper's]",
+    metavar="NAME|FILE",
+    help="paper, another that ships, or a file that `law fit` wrote; with --tokens.  [default: the "
+    "one that was fitted nearest to N and D]",
 )
 @click.option(
     "--explain",

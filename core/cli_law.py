@@ -23,10 +23,10 @@ def law() -> None:
 
 _law = click.option(
     "--law",
-    "law_file",
-    type=PATH,
-    metavar="FILE",
-    help="A law that `law fit` wrote.  [default: the paper's]",
+    "asked",
+    metavar="NAME|FILE",
+    help="paper, another that ships, or a file that `law fit` wrote.  [default: the one that was "
+    "fitted nearest to N and D]",
 )
 
 _gpu = click.option(
@@ -48,6 +48,12 @@ _kind = click.option(
     help="Use only arms that branched from a trunk, or only those from scratch.",
 )
 
+_schedule = click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "wsd"]),
+    help="Take the trainings whose learning rate fell so alone.",
+)
+
 
 @law.command()
 @click.option("--params", type=float, required=True, help="Non-embedding parameters, e.g. 594.5e6.")
@@ -61,7 +67,7 @@ def predict(
     tokens: float,
     group_size: float,
     precision: str,
-    law_file: Path | None,
+    asked: str | None,
     as_json: bool,
 ) -> None:
     """Predict delta, final loss and R, with and without 8 bits at the inputs of FC2.
@@ -69,9 +75,10 @@ def predict(
     Example: bitplan law predict --params 594.5e6 --tokens 100e9 --group-size 128
     """
     from bitplan.forecast import predict
-    from bitplan.law import read_laws
+    from bitplan.law_choice import find_law
 
-    show(predict(params, tokens, group_size, precision, read_laws(law_file)), as_json)
+    laws = find_law(asked, needs=[precision], params=params, tokens=tokens)
+    show(predict(params, tokens, group_size, precision, laws), as_json)
 
 
 @law.command()
@@ -84,7 +91,7 @@ def crossover(
     params: tuple[float, ...],
     groups: tuple[float, ...],
     chart: Path | None,
-    law_file: Path | None,
+    asked: str | None,
     as_json: bool,
 ) -> None:
     """Tell the training tokens at which the weights come to cost more than the inputs.
@@ -92,13 +99,11 @@ def crossover(
     Example: bitplan law crossover --params 1e9 --group-size 32 --group-size 128
     """
     from bitplan import forecast
-    from bitplan.law import read_laws
+    from bitplan.law_choice import find_law
 
-    found = forecast.crossover(
-        params or forecast.CROSSOVER_PARAMS,
-        groups or forecast.CROSSOVER_GROUPS,
-        read_laws(law_file),
-    )
+    params = params or forecast.CROSSOVER_PARAMS
+    laws = find_law(asked, needs=forecast.CROSSOVER_NEEDS, params=params)
+    found = forecast.crossover(params, groups or forecast.CROSSOVER_GROUPS, laws)
     if chart is not None:
         from bitplan.reports.law_page import write_crossover
 
@@ -128,7 +133,7 @@ def budget(
     params: float | None,
     tokens: float | None,
     group_size: float,
-    law_file: Path | None,
+    asked: str | None,
     as_json: bool,
 ) -> None:
     """Compare 4 bits, FC2 inputs at 8 bits and 8 bits for one budget, of compute or of bytes.
@@ -138,25 +143,30 @@ def budget(
     Example: bitplan law budget --bytes 4e9 --tokens 100e9
     """
     from bitplan import budget as arithmetic
-    from bitplan.law import read_laws
+    from bitplan.law_choice import find_law
     from bitplan.planner.devices import find_device
 
     given = [v for v in (flops, gpu_hours, size_bytes, weight_bits) if v is not None]
     if len(given) != 1:
         raise click.UsageError("give one of --flops, --gpu-hours, --bytes and --weight-bits")
-    laws = read_laws(law_file)
     if flops is not None or gpu_hours is not None:
         if tokens is not None:
             raise click.UsageError("--tokens is for --bytes: compute gives D by itself")
         if gpu_hours is not None:
             flops = gpu_hours * 3600 * find_device(gpu).rates_tops["bf16"] * 1e12 * utilization
         assert flops is not None
+        known: dict[str, Any] = (
+            {"flops": flops} if params is None else {"flops": flops, "params": params}
+        )
+        laws = find_law(asked, needs=arithmetic.NEEDS, **known)
         found = arithmetic.for_compute(flops, group_size, params=params, laws=laws)
     else:
         if tokens is None or params is not None:
             raise click.UsageError("--bytes and --weight-bits go with --tokens, without --params")
         size = size_bytes if weight_bits is None else weight_bits / 8
         assert size is not None
+        most = 8 * size / arithmetic.FEWEST_BITS
+        laws = find_law(asked, needs=arithmetic.NEEDS, params=most, tokens=tokens)
         found = arithmetic.for_serving(size, tokens, group_size, laws=laws)
     show(found, as_json)
 
@@ -164,12 +174,14 @@ def budget(
 @law.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option("-o", "--output", type=PATH, help="Where to write the law, as JSON.")
+@_schedule
 @click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
 @_kind
 @json_flag
 def fit(
     runs: tuple[Path, ...],
     output: Path | None,
+    schedule: str | None,
     force: bool,
     branched: bool | None,
     as_json: bool,
@@ -183,7 +195,7 @@ def fit(
     """
     from bitplan.qat.law_result import fit_law
 
-    show(fit_law(runs, output, force=force, branched=branched), as_json)
+    show(fit_law(runs, output, schedule=schedule, force=force, branched=branched), as_json)
 
 
 @law.command()
@@ -201,6 +213,7 @@ def fit(
 @click.option("--group-size", "groups", type=float, multiple=True, help="G to choose from.")
 @_gpu
 @_utilization
+@_schedule
 @click.option("--force", is_flag=True, help="Pool trainings on different text or tokens.")
 @_kind
 @json_flag

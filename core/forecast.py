@@ -14,6 +14,7 @@ from bitplan.law import FC2_AT_8, PAPER, LawSet
 PRECISIONS = ("w4a4", "w4a16", "w16a4")
 CROSSOVER_PARAMS = (74e6, 145e6, 297e6, 595e6, 1e9, 7e9, 70e9)
 CROSSOVER_GROUPS = (32, 64, 128, 256)
+CROSSOVER_NEEDS = ("w4a16", "w16a4", "w16a4" + FC2_AT_8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def predict(
             for name, fc2_at_8 in (("all_inputs_at_4", False), ("fc2_inputs_at_8", True))
         },
         extrapolates=tuple(laws.outside_grid(params=params, tokens=tokens, group_size=group_size)),
-        source=laws.source,
+        source=laws.named,
     )
 
 
@@ -139,26 +140,30 @@ def crossover(
                 f"the law of {laws.source} has no rows for w4a16 and w16a4"
                 f"{FC2_AT_8 * fc2_at_8}: crossover needs both"
             )
-    slopes = [laws.laws[name].gamma_d for name in ("w4a16", "w16a4", "w16a4" + FC2_AT_8)]
-    if slopes[0] <= max(slopes[1:]):
-        raise BitplanError(
-            f"by the law of {laws.source} the weights' cost does not grow faster with tokens than "
-            "the inputs': there is no number of tokens from which on it is the larger"
-        )
     rows = []
     for n in params:
         for g in group_sizes:
             check_values(params=n, group_size=g)
             tokens = {
-                "all_inputs_at_4": laws.crossover_tokens(n, g, fc2_at_8=False),
-                "fc2_inputs_at_8": laws.crossover_tokens(n, g, fc2_at_8=True),
+                "all_inputs_at_4": _crossing(laws, n, g, fc2_at_8=False),
+                "fc2_inputs_at_8": _crossing(laws, n, g, fc2_at_8=True),
             }
             outside = {
                 key: bool(laws.outside_grid(params=n, tokens=d, group_size=g))
                 for key, d in tokens.items()
             }
             rows.append({"params": n, "group_size": g, **tokens, "extrapolates": outside})
-    return Crossover(rows=tuple(rows), source=laws.source)
+    return Crossover(rows=tuple(rows), source=laws.named)
+
+
+def _crossing(laws: LawSet, params: float, group_size: float, *, fc2_at_8: bool) -> float:
+    found = laws.crossover_tokens(params, group_size, fc2_at_8=fc2_at_8)
+    if found is None:
+        raise BitplanError(
+            f"by the law of {laws.source} the weights' cost does not grow faster with tokens than "
+            "the inputs': there is no number of tokens from which on it is the larger"
+        )
+    return found
 
 
 def check_values(**values: float) -> None:

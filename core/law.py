@@ -14,13 +14,17 @@ law is most wanted where it was not fitted.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bitplan.errors import BitplanError, FitError
 from bitplan.rundir import read_json, write_json
 
 FC2_AT_8 = "+fc2"
+_LARGEST_EXPONENT = 700.0
+"""Of e, that is still a float."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,17 @@ class LawSet:
     baseline: Baseline
     laws: dict[str, Law]
     grid: Grid
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """Precision to constant to the bounds of its 95 % interval, where they are known."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What it was fitted to: tables and their hashes, hardware, versions."""
+    why: str = ""
+    """Why it was chosen, where there was a choice (law_choice.py); not part of a file."""
+
+    @property
+    def named(self) -> str:
+        """Where it is from and, where there was a choice, why it was chosen."""
+        return f"{self.source} ({self.why})" if self.why else self.source
 
     def delta(self, precision: str, params: float, tokens: float, group_size: float) -> float:
         """Return delta of a precision, nats per token; raise BitplanError for an unknown one."""
@@ -112,13 +127,18 @@ class LawSet:
         *,
         fc2_at_8: bool,
         weight_group_size: float | None = None,
-    ) -> float:
-        """Return the D at which R is 1: with more tokens the weights cost more than the inputs."""
+    ) -> float | None:
+        """Return the D at which R is 1: with more tokens the weights cost more than the inputs.
+
+        None where the weights' cost does not grow faster than the inputs', so that there is none.
+        """
         inputs, weights = self.laws["w16a4" + FC2_AT_8 * fc2_at_8], self.laws["w4a16"]
         at_one = self.ratio(
             params, 1.0, group_size, fc2_at_8=fc2_at_8, weight_group_size=weight_group_size
         )
-        return float(at_one ** (1 / (weights.gamma_d - inputs.gamma_d)))
+        grows = weights.gamma_d - inputs.gamma_d
+        exponent = math.log(at_one) / grows if grows > 0 else math.inf
+        return math.exp(exponent) if exponent < _LARGEST_EXPONENT else None
 
     def outside_grid(self, **values: float) -> list[str]:
         """Name the values (params, tokens, group_size) that lie outside the fitted ranges."""
@@ -133,7 +153,7 @@ class LawSet:
 
 def write_laws(path: Path, laws: LawSet) -> None:
     """Write a law as JSON, which `read_laws` reads."""
-    write_json(path, asdict(laws))
+    write_json(path, {name: value for name, value in asdict(laws).items() if name != "why"})
 
 
 def read_laws(path: Path | None) -> LawSet:
@@ -146,12 +166,18 @@ def read_laws(path: Path | None) -> LawSet:
             source=str(value["source"]),
             baseline=Baseline(**_numbers(value["baseline"])),
             laws={name: Law(**_numbers(law)) for name, law in value["laws"].items()},
-            grid=Grid(**{name: (float(v[0]), float(v[1])) for name, v in value["grid"].items()}),
+            grid=Grid(**_pairs(value["grid"])),
+            intervals={name: _pairs(v) for name, v in value.get("intervals", {}).items()},
+            provenance=dict(value.get("provenance", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FitError(
             f"{path} holds no law: make one with `bitplan law fit RUN... -o FILE`"
         ) from error
+
+
+def _pairs(value: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    return {name: (float(v[0]), float(v[1])) for name, v in value.items()}
 
 
 def _numbers(value: dict[str, float]) -> dict[str, float]:

@@ -78,7 +78,7 @@ class PlanOptions:
     params: float | None = None
     """Non-embedding parameters for that forecast; None: the checkpoint's."""
     law: str | None = None
-    """A law that `law fit` wrote, for that forecast; None: the paper's."""
+    """For that forecast: a law's name or file; None: the shipped one fitted nearest to N and D."""
     target: str | None = None
     """A library that has to run the plan: its pairs of formats only."""
 

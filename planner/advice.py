@@ -47,12 +47,14 @@ class Outlook:
     delta_inputs_fc2_at_8: float
     R: float
     R_fc2_at_8: float
-    crossover_tokens: float
-    """D at which R is 1; with more tokens the weights cost more."""
-    crossover_tokens_fc2_at_8: float
+    crossover_tokens: float | None
+    """D at which R is 1; with more tokens the weights cost more. None: they never do."""
+    crossover_tokens_fc2_at_8: float | None
     extrapolates: tuple[str, ...]
     """What lies outside the ranges that the law was fitted on."""
     source: str
+    why: str
+    """Why this law, where several ship; "" where there was no choice."""
 
 
 def outlook(problem: Problem, params: float, tokens: float, laws: LawSet = PAPER) -> Outlook:
@@ -64,7 +66,7 @@ def outlook(problem: Problem, params: float, tokens: float, laws: LawSet = PAPER
     def ratio(fc2: bool) -> float:
         return laws.ratio(params, tokens, inputs, fc2_at_8=fc2, weight_group_size=weights)
 
-    def crossover(fc2: bool) -> float:
+    def crossover(fc2: bool) -> float | None:
         return laws.crossover_tokens(params, inputs, fc2_at_8=fc2, weight_group_size=weights)
 
     outside = laws.outside_grid(params=params, tokens=tokens)
@@ -86,6 +88,7 @@ def outlook(problem: Problem, params: float, tokens: float, laws: LawSet = PAPER
         crossover_tokens_fc2_at_8=crossover(True),
         extrapolates=tuple(outside),
         source=laws.source,
+        why=laws.why,
     )
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from bitplan import law_choice
 from bitplan.errors import PlanError, RunError
 from bitplan.forecast import check_values
 from bitplan.formats import Operand, parse_formats, short_groups_note
-from bitplan.law import read_laws
+from bitplan.law import FC2_AT_8, LawSet
 from bitplan.options import PlanOptions
 from bitplan.planner.advice import Outlook, advise, outlook, scale_to_law
 from bitplan.planner.budgets import BUDGETS, Limit, asked_limits, objective
@@ -41,6 +42,8 @@ from bitplan.tables import ERRORS, PROFILE, SENSITIVITY, TRAINED
 
 VERDICT = "verdict.json"
 DEFAULT_RULES = (("weight_bits", "weight", "uniform"), ("input_bits", "input", "fc2"))
+NEEDED = ("w4a16", "w16a4", "w16a4" + FC2_AT_8)
+"""Precisions whose laws scale predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,8 @@ def make_plan(run: Path, options: PlanOptions, check: Check | None = None) -> Pl
         if options.law is not None:
             tables["law"] = Path(options.law)
         found = {name: file_hash(path) for name, path in tables.items() if path.is_file()}
+        if options.tokens is not None and "law" not in found:
+            found["law"] = content_hash(list(map(asdict, law_choice.shipped().values())))
         key = {**asdict(options), "inputs": found}
         if directory.is_done("plan", key) or _stands(directory, key):
             # A damaged file is made again, which is what its error message asks for.
@@ -211,19 +216,28 @@ def _outlook(directory: RunDir, problem: Problem, options: PlanOptions) -> Outlo
                     f"--{name} is for the forecast of --tokens: give both, e.g. 100e9 tokens"
                 )
         return None
-    laws = read_laws(None if options.law is None else Path(options.law))
-    if not all(laws.has_ratio(fc2_at_8=fc2) for fc2 in (False, True)):
-        raise PlanError(
-            f"--law {options.law}: a plan needs laws for w4a16, w16a4 and w16a4+fc2, and it has "
-            f"{', '.join(laws.laws)}: fit it to trainings with FC2 inputs at 8 bits as well"
-        )
+    params, laws = _training(directory, options)
+    return outlook(problem, params, options.tokens, laws)
+
+
+def _training(directory: RunDir, options: PlanOptions) -> tuple[float, LawSet]:
+    """Return N of the training to come and its law; raise PlanError for a law that lacks rows."""
     params = options.params
     if params is None:
         params = directory.manifest.get("model", {}).get("num_non_embedding_parameters")
     if params is None:
         raise PlanError(f"{directory.path} does not say how many parameters there are: --params N")
+    assert options.tokens is not None
     check_values(params=params, tokens=options.tokens)
-    return outlook(problem, float(params), options.tokens, laws)
+    laws = law_choice.find_law(
+        options.law, needs=NEEDED, params=float(params), tokens=options.tokens
+    )
+    if not all(laws.has_ratio(fc2_at_8=fc2) for fc2 in (False, True)):
+        raise PlanError(
+            f"--law {options.law}: a plan needs laws for w4a16, w16a4 and w16a4+fc2, and it has "
+            f"{', '.join(laws.laws)}: fit it to trainings with FC2 inputs at 8 bits as well"
+        )
+    return float(params), laws
 
 
 def _check_provenance(directory: RunDir) -> None:

@@ -185,18 +185,26 @@ def _advice(a: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the scaling law says, and where the next bit should go."""
     yield fill(
         f"law: {a['params']:.4g} parameters and {a['tokens']:.4g} tokens, 4 bits, QAT from scratch "
-        f"({a['source']}):",
+        f"({a['source']}{_chosen(a)}):",
         WIDTH,
     )
     yield f"{'':<{LABEL}}{'weights':>9}{'inputs':>9}{'R':>8}{'R = 1 at':>12}"
     for label, key in (("all inputs at 4", ""), ("FC2 inputs at 8", "_fc2_at_8")):
         yield (
             f"{label:<{LABEL}}{a['delta_weights']:9.4f}{a['delta_inputs' + key]:9.4f}"
-            f"{a['R' + key]:8.2f}{a['crossover_tokens' + key]:12.2g} tokens"
+            f"{a['R' + key]:8.2f}{_tokens(a['crossover_tokens' + key])}"
         )
     yield fill(f"next bit: {a['next_bit']}{_why(a)}", WIDTH, subsequent_indent="  ")
     for text in a["extrapolates"]:
         yield fill(f"extrapolation: {text}", WIDTH, subsequent_indent="  ")
+
+
+def _chosen(a: Mapping[str, Any]) -> str:
+    return f"; {a['why']}" if a.get("why") else ""
+
+
+def _tokens(value: float | None) -> str:
+    return f"{'never':>12}" if value is None else f"{value:12.2g} tokens"
 
 
 def _why(a: Mapping[str, Any]) -> str:

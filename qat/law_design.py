@@ -133,6 +133,7 @@ def design_law(
     tokens: Sequence[float] = (),
     groups: Sequence[float] = (),
     flops_per_second: float,
+    schedule: str | None = None,
     force: bool = False,
     branched: bool | None = None,
     bootstraps: int = law_fit.BOOTSTRAPS,
@@ -145,7 +146,7 @@ def design_law(
     """
     if exponent not in (ALL, *EXPONENTS):
         raise BitplanError(f"no exponent {exponent!r}: there are {', '.join((ALL, *EXPONENTS))}")
-    trainings, _ = read_trainings(paths, force=force, branched=branched)
+    trainings, _ = read_trainings(paths, schedule=schedule, force=force, branched=branched)
     differences = deltas(trainings)
     names: list[str] = differences["precision"].unique(maintain_order=True).to_list()
     chosen = precision or next(iter(names), "any precision")

@@ -13,12 +13,14 @@ the noise, and one that keeps deltas below zero with their noise where they are 
 cell is the standard deviation over seeds, pooled over the cells that have several.
 
 Intervals are of a bootstrap over (N, D), whose cells share their bf16 and so its noise, and within
-each over seeds, the same for all its cells. What the data cannot carry is refused with what is
-missing: a variable of a single value, fewer cells than parameters ask for, or deltas of which most
-are not above twice their noise.
+each over seeds, the same for all its cells. Fits of several precisions to the same `pairs` are of
+the same draws, number by number, so that constants of two of them can be compared. What the data
+cannot carry is refused with what is missing: a variable of a single value, fewer cells than
+parameters ask for, or deltas of which most are not above twice their noise.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,6 +130,12 @@ class Fit:
     relative_error: float
     """Mean of |predicted - delta| / delta over the cells above zero."""
     cells: int
+    drawn: Mapping[int, Mapping[str, float]]
+    """Number of a bootstrap draw to the constants of its fit."""
+
+    def interval(self, name: str) -> tuple[float, float, float]:
+        """Return a constant's estimate, and the bounds of its interval."""
+        return self.estimate[name], self.low[name], self.high[name]
 
 
 def cells_of(deltas: pl.DataFrame) -> Cells:
@@ -174,24 +182,41 @@ def check(cells: Cells, form: Form) -> None:
         raise FitError(f"the trainings cannot carry the fit: it needs {'; '.join(lacks)}")
 
 
-def fit(cells: Cells, form: Form = LAW, *, bootstraps: int = BOOTSTRAPS, seed: int = 0) -> Fit:
-    """Return the form fitted to the cells; raise FitError where they cannot carry it."""
+def pairs_of(cells: Sequence[Cells]) -> Floats:
+    """Return the different (N, D) that any of the precisions has, [pair, 2]."""
+    found = [np.stack([c.params, c.tokens], axis=1) for c in cells]
+    return np.asarray(np.unique(np.concatenate(found), axis=0))
+
+
+def fit(
+    cells: Cells,
+    form: Form = LAW,
+    *,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    pairs: Floats | None = None,
+) -> Fit:
+    """Return the form fitted to the cells; raise FitError where they cannot carry it.
+
+    pairs: the (N, D) that draws are of, from `pairs_of`; by default those of the cells.
+    """
     check(cells, form)
     x, means = _logs(cells)
     theta = _minimize(form, cells, x, _starts(form, cells))
-    drawn: list[dict[str, float]] = []
-    rng = np.random.default_rng(seed)
-    while len(drawn) < bootstraps:
-        sample = _resample(cells, rng)
+    pairs = pairs_of([cells]) if pairs is None else pairs
+    drawn: dict[int, dict[str, float]] = {}
+    for number in itertools.count():
+        if len(drawn) == bootstraps:
+            break
+        sample = _resample(cells, pairs, (seed, number))
         if any(len(np.unique(getattr(sample, name))) < 2 for name in form.variables):
             continue
-        drawn.append(
-            _constants(form, _minimize(form, sample, _centered(sample, means), [theta]), means)
+        drawn[number] = _constants(
+            form, _minimize(form, sample, _centered(sample, means), [theta]), means
         )
     estimate = _constants(form, theta, means)
-    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     bounds = {
-        name: np.quantile([d[name] for d in drawn], tails) if drawn else (np.nan, np.nan)
+        name: quantiles([d[name] for d in drawn.values()]) if drawn else (np.nan, np.nan)
         for name in form.parameters
     }
     predicted = np.exp(form.predict(theta, x))
@@ -205,7 +230,14 @@ def fit(cells: Cells, form: Form = LAW, *, bootstraps: int = BOOTSTRAPS, seed: i
             np.mean(np.abs(predicted[above] - cells.delta[above]) / cells.delta[above])
         ),
         cells=len(cells.delta),
+        drawn=drawn,
     )
+
+
+def quantiles(drawn: Sequence[float]) -> tuple[float, float]:
+    """Return the bounds between which CONFIDENCE of the bootstrap's values lie."""
+    low, high = np.quantile(drawn, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)
 
 
 def cross_validate(cells: Cells, form: Form, *, seed: int = 0) -> float:
@@ -229,7 +261,7 @@ def additivity(
 ) -> tuple[float, float, float]:
     """Return the factor c of delta_both = c (delta_weights + delta_inputs), and its interval.
 
-    Over the cells that all three have; raises FitError where there is none.
+    Over the cells that all three have, drawn by (N, D); raises FitError where there is none.
     """
     tables = [
         dict(zip(zip(c.params, c.tokens, c.group_size, strict=True), c.delta, strict=True))
@@ -240,15 +272,12 @@ def additivity(
         raise FitError("no cell has w4a4, w4a16 and w16a4: their sum cannot be compared")
     y = np.array([tables[0][cell] for cell in common])
     x = np.array([tables[1][cell] + tables[2][cell] for cell in common])
-
-    def slope(index: NDArray[np.int64]) -> float:
-        return float((x[index] @ y[index]) / (x[index] @ x[index]))
-
-    rng = np.random.default_rng(seed)
-    n = len(common)
-    drawn = [slope(rng.integers(n, size=n)) for _ in range(bootstraps)]
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return slope(np.arange(n)), float(low), float(high)
+    pairs, of = np.unique(np.array(common)[:, :2], axis=0, return_inverse=True)
+    # The slope's two sums, of each pair: [pair]
+    top, bottom = (np.bincount(of.ravel(), weights=values) for values in (x * y, x * x))
+    drawn = np.random.default_rng(seed).integers(len(pairs), size=(bootstraps, len(pairs)))
+    low, high = quantiles((top[drawn].sum(1) / bottom[drawn].sum(1)).tolist())
+    return float(top.sum() / bottom.sum()), low, high
 
 
 def fit_baseline(params: Floats, tokens: Floats, loss: Floats) -> Baseline:
@@ -341,16 +370,19 @@ def _constants(form: Form, theta: Floats, means: Mapping[str, float]) -> dict[st
     return found
 
 
-def _resample(cells: Cells, rng: np.random.Generator) -> Cells:
-    """Draw pairs (N, D) with replacement, each with all its cells, and within each its seeds."""
-    pairs = np.stack([cells.params, cells.tokens], axis=1)
-    _, of = np.unique(pairs, axis=0, return_inverse=True)
-    count, most = int(of.max()) + 1, max(map(len, cells.seeds))
-    index, delta = [], []
-    for pair in rng.integers(count, size=count):
-        share = rng.random(most)
-        for i in np.flatnonzero(of.ravel() == pair):
+def _resample(cells: Cells, pairs: Floats, number: tuple[int, int]) -> Cells:
+    """Draw pairs (N, D) with replacement, each with all its cells, and within each its seeds.
+
+    What is drawn follows from `number` and `pairs` alone; cells that have no such pair lack it.
+    """
+    chosen = pairs[np.random.default_rng(number).integers(len(pairs), size=len(pairs))]
+    most = max(map(len, cells.seeds))
+    index: list[int] = []
+    delta: list[float] = []
+    for place, (params, tokens) in enumerate(chosen):
+        share = np.random.default_rng((*number, place)).random(most)
+        for i in np.flatnonzero((cells.params == params) & (cells.tokens == tokens)):
             seeds = cells.seeds[i]
-            index.append(i)
-            delta.append(seeds[(share[: len(seeds)] * len(seeds)).astype(int)].mean())
-    return replace(cells.take(np.array(index)), delta=np.array(delta))
+            index.append(int(i))
+            delta.append(float(seeds[(share[: len(seeds)] * len(seeds)).astype(int)].mean()))
+    return replace(cells.take(np.array(index, dtype=np.int64)), delta=np.array(delta))

@@ -6,7 +6,7 @@ inputs add up to that of both.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from bitplan.law import Baseline, Grid, Law, LawSet, write_laws
 from bitplan.qat import law_fit
 from bitplan.qat.law_fit import FORMS, Cells, Fit
 from bitplan.qat.law_runs import BASELINE, deltas, facts, read_trainings
+from bitplan.rundir import content_hash, file_hash, versions
+from bitplan.tables import SWEEP
 
 PRECISIONS = ("w4a4", "w4a16", "w16a4", "w4a4+fc2", "w16a4+fc2")
 CONSTANTS = ("k", "gamma_n", "gamma_d", "gamma_g")
@@ -39,7 +41,7 @@ class FittedLaw:
     grid: Mapping[str, Sequence[float]]
     written: Path | None = None
 
-    def laws(self, source: str) -> LawSet:
+    def laws(self, source: str, provenance: Mapping[str, Any]) -> LawSet:
         """Return the fits as a law; raise FitError where bf16 could not be fitted."""
         if self.baseline is None:
             raise FitError(
@@ -50,6 +52,11 @@ class FittedLaw:
             baseline=self.baseline,
             laws={name: Law(**fit.estimate) for name, fit in self.fits.items()},
             grid=Grid(**{name: (low, high) for name, (low, high) in self.grid.items()}),
+            intervals={
+                name: {c: (fit.low[c], fit.high[c]) for c in CONSTANTS}
+                for name, fit in self.fits.items()
+            },
+            provenance=provenance,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -120,15 +127,27 @@ def fit_law(
     paths: Sequence[Path],
     output: Path | None = None,
     *,
+    schedule: str | None = None,
     force: bool = False,
     branched: bool | None = None,
     bootstraps: int = law_fit.BOOTSTRAPS,
 ) -> FittedLaw:
     """Fit the law to trainings and, where `output` is given, write it as JSON.
 
-    Raises FitError where no precision can be fitted, and what read_trainings raises.
+    schedule: fit to those whose learning rate fell so alone. Raises FitError where no precision can
+    be fitted, and what read_trainings raises.
     """
-    trainings, left_out = read_trainings(paths, force=force, branched=branched)
+    trainings, left_out = read_trainings(paths, schedule=schedule, force=force, branched=branched)
+    found = replace(fit_trainings(trainings, bootstraps=bootstraps), left_out=left_out)
+    if output is None:
+        return found
+    source = f"{trainings.height} trainings of {', '.join(map(str, paths))}"
+    write_laws(output, found.laws(source, _provenance(paths, trainings, schedule)))
+    return replace(found, written=output)
+
+
+def fit_trainings(trainings: pl.DataFrame, *, bootstraps: int = law_fit.BOOTSTRAPS) -> FittedLaw:
+    """Fit the law to a table of trainings; raise FitError where no precision can be fitted."""
     differences = deltas(trainings)
     if differences["delta"].is_null().all():
         raise FitError(
@@ -140,32 +159,44 @@ def fit_law(
         for name in PRECISIONS
         if not (rows := differences.filter(precision=name)).is_empty()
     }
+    if not cells:
+        raise FitError(f"no training is of a precision of the law: {', '.join(PRECISIONS)}")
     fits, refused = _fit_all(cells, bootstraps)
     if not fits:
-        raise FitError(next(iter(refused.values()), "no training is of a precision of the law"))
-    found = FittedLaw(
+        raise FitError(next(iter(refused.values())))
+    return FittedLaw(
         fits=fits,
         refused=refused,
         forms={name: _compare(cells[name]) for name in fits},
         additivity=_additivity(cells),
         baseline=_baseline(trainings),
         trainings=trainings.height,
-        left_out=left_out,
+        left_out=0,
         grid=facts(trainings),
-        written=output,
     )
-    if output is not None:
-        write_laws(
-            output, found.laws(f"{trainings.height} trainings of {', '.join(map(str, paths))}")
-        )
-    return found
+
+
+def _provenance(
+    paths: Sequence[Path], trainings: pl.DataFrame, schedule: str | None
+) -> dict[str, Any]:
+    """Return what a law was fitted to: the tables by hash, and how their trainings were done."""
+    tables = [path / SWEEP.file if path.is_dir() else path for path in paths]
+    return {
+        "tables": {str(path): file_hash(path) for path in tables if path.is_file()},
+        "trainings": content_hash(sorted(trainings["config_hash"].drop_nulls())),
+        "schedule": schedule,
+        "text": trainings["text"].drop_nulls().unique().sort().to_list(),
+        "hardware": trainings["hardware"].drop_nulls().unique().sort().to_list(),
+        "versions": dict(versions()),
+    }
 
 
 def _fit_all(cells: Mapping[str, Cells], bootstraps: int) -> tuple[dict[str, Fit], dict[str, str]]:
     fits, refused = {}, {}
+    pairs = law_fit.pairs_of(list(cells.values()))
     for name, found in cells.items():
         try:
-            fits[name] = law_fit.fit(found, bootstraps=bootstraps)
+            fits[name] = law_fit.fit(found, bootstraps=bootstraps, pairs=pairs)
         except FitError as error:
             refused[name] = str(error)
     return fits, refused

@@ -27,14 +27,18 @@ RUNS = "runs"
 
 
 def read_trainings(
-    paths: Sequence[Path], *, force: bool = False, branched: bool | None = None
+    paths: Sequence[Path],
+    *,
+    schedule: str | None = None,
+    force: bool = False,
+    branched: bool | None = None,
 ) -> tuple[pl.DataFrame, int]:
     """Return tables.SWEEP of all paths, null where unknown, and how many arms were left out.
 
-    branched: only arms that branched from a trunk, or only those from scratch. Raises RunError for
-    a path that is neither a run directory nor Parquet of these columns, and DataError for
-    trainings on different text or tokens, of both kinds, or of one cell under several recipes,
-    which `force` pools all the same.
+    schedule: only the trainings whose learning rate fell so. branched: only arms that branched from
+    a trunk, or only those from scratch. Raises RunError for a path that is neither a run directory
+    nor Parquet of these columns, and DataError for trainings on different text or tokens, of both
+    kinds, or of one cell under several recipes, which `force` pools all the same.
     """
     frames, left_out = [], 0
     for path in paths:
@@ -49,18 +53,25 @@ def read_trainings(
     table = pl.concat(frames).unique(maintain_order=True)
     if branched is not None:
         table = table.filter(pl.col("trunk_tokens").is_not_null() == branched)
+    if schedule is not None:
+        table = table.filter(schedule=schedule)
+    if not force:
+        refuse_mixed(table)
+    return table, left_out
+
+
+def refuse_mixed(table: pl.DataFrame) -> None:
+    """Raise DataError for trainings whose losses or deltas do not compare, or of one cell twice."""
     for column in ("text", "tokenizer", "schedule"):
         values = table[column].drop_nulls().unique(maintain_order=True)
-        if not force and len(values) > 1:
+        if len(values) > 1:
             found = ", ".join(str(v)[:8] for v in values)
             raise DataError(
                 f"the trainings are on different {column}s ({found}), whose losses do not compare: "
                 "fit them apart, or pool them with --force"
             )
-    if not force:
-        _refuse_both_kinds(table)
-        _refuse_twice(table)
-    return table, left_out
+    _refuse_both_kinds(table)
+    _refuse_twice(table)
 
 
 def _refuse_both_kinds(table: pl.DataFrame) -> None:

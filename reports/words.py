@@ -136,11 +136,13 @@ def advice(plan: Mapping[str, Any]) -> str | None:
     law = plan.get("advice")
     if not law:
         return None
+    why = f"; {law['why']}" if law.get("why") else ""
     outside = "; N, D or G lie outside what it was fitted on" if law["extrapolates"] else ""
     return (
         f"For {count(law['params'])} parameters and {count(law['tokens'])} training tokens the "
-        f"scaling law ({law['source']}) forecasts {law['delta_weights']:.{NATS_DIGITS}f} nats from "
-        f"4-bit weights and {law['delta_inputs']:.{NATS_DIGITS}f} from 4-bit inputs, R "
+        f"scaling law ({law['source']}{why}) forecasts "
+        f"{law['delta_weights']:.{NATS_DIGITS}f} nats from 4-bit weights and "
+        f"{law['delta_inputs']:.{NATS_DIGITS}f} from 4-bit inputs, R "
         f"{law['R']:.{RATIO_DIGITS}f}, and R {law['R_fc2_at_8']:.{RATIO_DIGITS}f} with FC2 inputs "
         f"at 8 bits{outside}: the next bit should go to the {law['next_bit']}."
     )

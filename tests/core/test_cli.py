@@ -41,9 +41,9 @@ OPTIONS = {
     "law budget": "--flops --gpu-hours --gpu --utilization --bytes --weight-bits --params --tokens "
     "--group-size --law --json",
     "law design": "--precision --exponent --steps --params --tokens --group-size --gpu "
-    "--utilization --force --json",
+    "--utilization --schedule --force --json",
     "sweep": "-o --output --device --gpus --workers --ray --dry-run --json",
-    "law fit": "-o --output --force --json",
+    "law fit": "-o --output --schedule --force --json",
 }
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import polars as pl
 import pytest
 
+from bitplan import law_choice
 from bitplan.errors import BitplanError, PlanError
-from bitplan.law import PAPER, write_laws
+from bitplan.law import PAPER, Grid, write_laws
+from bitplan.law_choice import shipped
 from bitplan.options import PlanOptions
 from bitplan.planner.explain import explain_sites
 from bitplan.planner.plan import read_plan
@@ -232,3 +234,36 @@ def test_a_fitted_law_takes_the_place_of_the_papers(run: Path, tmp_path: Path) -
         make_plan(run, asked)
     with pytest.raises(PlanError, match="--law is for the forecast of --tokens"):
         make_plan(run, PlanOptions(law=str(path)))
+
+
+def test_the_shipped_law_that_fits_the_training_is_taken(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laws = tmp_path / "laws"
+    grid = Grid(params=(1e6, 1e7), tokens=(2e6, 4e7), group_size=(32, 256))
+    small = replace(PAPER, source="12 trainings of ours", grid=grid)
+    write_laws(laws / "small.json", small)
+    monkeypatch.setattr(law_choice, "shipped", lambda: shipped(laws))
+    asked = PlanOptions(tokens=1e7, params=3e6)
+    made = make_plan(run, asked)
+    assert made.plan.advice is not None
+    assert made.plan.advice["source"] == small.source
+    assert made.plan.advice["why"] == "N and D lie within what the small law was fitted on"
+    assert "the small law was fitted on" in " ".join(made.as_text().split())
+    assert make_plan(run, asked).up_to_date
+    large = make_plan(run, replace(asked, tokens=1e11, params=3e8)).plan.advice
+    assert large is not None
+    assert large["source"] == PAPER.source
+    # Where the shipped law has changed, the plan that it scaled is made again.
+    make_plan(run, asked)
+    write_laws(laws / "small.json", replace(small, source="again"))
+    assert not make_plan(run, asked).up_to_date
+
+
+def test_weights_that_never_cost_more_are_told(run: Path, tmp_path: Path) -> None:
+    slow = replace(PAPER.laws["w4a16"], gamma_d=0.0)
+    write_laws(tmp_path / "law.json", replace(PAPER, laws={**PAPER.laws, "w4a16": slow}))
+    made = make_plan(run, PlanOptions(tokens=D, params=N, law=str(tmp_path / "law.json")))
+    assert made.plan.advice is not None
+    assert made.plan.advice["crossover_tokens"] is None
+    assert "never" in made.as_text()

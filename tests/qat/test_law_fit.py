@@ -16,10 +16,19 @@ from bitplan.cli import EXIT_BAD_INPUT, main
 from bitplan.errors import DataError, FitError, RunError
 from bitplan.formats import parse_format
 from bitplan.law import PAPER, read_laws
-from bitplan.qat.law_fit import FORMS, LAW, cells_of, cross_validate, fit, fit_baseline
+from bitplan.qat.law_fit import (
+    FORMS,
+    LAW,
+    cells_of,
+    cross_validate,
+    fit,
+    fit_baseline,
+    pairs_of,
+)
 from bitplan.qat.law_result import fit_law
 from bitplan.qat.law_runs import classify, deltas, read_trainings
 from bitplan.qat.verify import verify_plan
+from bitplan.rundir import file_hash
 from bitplan.tables import TRAININGS
 
 PARAMS = (1e6, 3e6, 1e7, 3e7)
@@ -260,3 +269,40 @@ def test_run_directories_from_scratch_are_trainings(
     assert found["params"].n_unique() == 1
     assert set(found["group_size"]) == {None, 16}
     assert set(found["tokens"]) == {1 * 2 * 32}
+
+
+def test_draws_of_two_precisions_are_of_the_same_pairs_and_seeds() -> None:
+    table = trainings(noise=0.003, seeds=3)
+    one = cells(table)
+    # Of the same trainings but for one G: what is drawn is the same.
+    fewer = cells(table.filter((pl.col("group_size") != 32) | pl.col("group_size").is_null()))
+    pairs = pairs_of([one, fewer])
+    both, same = fit(one, bootstraps=8, pairs=pairs), fit(one, bootstraps=8, pairs=pairs)
+    assert both.drawn == same.drawn
+    other = fit(fewer, bootstraps=8, pairs=pairs)
+    of_both, of_other = ([f.drawn[i]["gamma_n"] for i in range(8)] for f in (both, other))
+    assert np.corrcoef(of_both, of_other)[0, 1] > 0.8
+
+
+def test_trainings_of_one_schedule_are_taken_from_a_table_of_several(tmp_path: Path) -> None:
+    path = tmp_path / "trainings.parquet"
+    wsd = trainings().with_columns(schedule=pl.lit("wsd"), loss=pl.col("loss") + 1)
+    pl.concat([trainings(), wsd]).write_parquet(path)
+    with pytest.raises(DataError, match="different schedules"):
+        read_trainings([path])
+    found, _ = read_trainings([path], schedule="wsd")
+    assert found["loss"].sort().to_list() == wsd["loss"].sort().to_list()
+
+
+def test_a_written_law_says_what_it_was_fitted_to(tmp_path: Path) -> None:
+    source, law = tmp_path / "trainings.parquet", tmp_path / "law.json"
+    trainings(noise=0.001).write_parquet(source)
+    found = fit_law([source], law, schedule="cosine", bootstraps=20)
+    written = read_laws(law)
+    for name, fitted in found.fits.items():
+        for constant in ("k", "gamma_n", "gamma_d", "gamma_g"):
+            _, low, high = fitted.interval(constant)
+            assert written.intervals[name][constant] == (low, high)
+    assert written.provenance["tables"] == {str(source): file_hash(source)}
+    assert written.provenance["schedule"] == "cosine"
+    assert written.grid.params == (min(PARAMS), max(PARAMS))

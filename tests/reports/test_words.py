@@ -127,6 +127,9 @@ def test_the_forecast_is_told_where_the_plan_has_one() -> None:
         "2505.14302) forecasts 0.0213 nats from 4-bit weights and 0.0401 from 4-bit inputs, R "
         "1.88, and R 1.11 with FC2 inputs at 8 bits: the next bit should go to the inputs."
     )
+    chosen = words.advice({"advice": {**law, "why": "N and D lie within it"}})
+    assert chosen is not None
+    assert "law (arXiv 2505.14302; N and D lie within it) forecasts" in chosen
     outside = words.advice({"advice": {**law, "extrapolates": ["params 1e12 is outside"]}})
     assert outside is not None
     assert "8 bits; N, D or G lie outside what it was fitted on: the next" in outside
