@@ -216,17 +216,18 @@ def _uniform(formats: Mapping[str, Format], sites: Iterable[str]) -> int | None:
 
 
 def _group_size(formats: Mapping[str, Format], shapes: pl.DataFrame) -> int | None:
-    """Return the elements that share a scale at 4 bits; None where nothing has 4.
+    """Return the elements that share a scale; None where nothing has 4 bits.
 
-    Where the sites differ, as rows do, the size whose log2, which is what the law takes, is the
+    Sites at 8 bits count too: FC2's inputs at 8 bits leave an arm's G what it was. Where the sites
+    differ, as rows do, the size whose log2, which is what the law takes, is the
     mean of theirs, weighted by the elements of the weight.
     """
-    at_4 = {site: f.group_size for site, f in formats.items() if f.bits == 4}
-    if not at_4:
+    if all(fmt.bits != 4 for fmt in formats.values()):
         return None
-    found = shapes.filter(pl.col("site").is_in(list(at_4))).with_columns(
+    sizes = {site: fmt.group_size for site, fmt in formats.items()}
+    found = shapes.filter(pl.col("site").is_in(list(sizes))).with_columns(
         size=pl.col("site")
-        .replace_strict(at_4, return_dtype=pl.Int64)
+        .replace_strict(sizes, return_dtype=pl.Int64)
         .fill_null(pl.col("in_features")),
         weight=pl.col("in_features") * pl.col("out_features"),
     )

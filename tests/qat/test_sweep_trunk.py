@@ -300,7 +300,7 @@ def test_the_committed_study_is_known() -> None:
         heldout="3f18c1d4fe919b4d",
     )
     value = {
-        "tokens": [12.6e6, 37.7e6],
+        "tokens": [14.9e6, 37.7e6],
         "group_sizes": [32, 128, "row"],
         "precisions": list(PRECISIONS),
         "recipe": {"batch_size": 64, "seq_len": 256, "compiled": True},
