@@ -36,6 +36,7 @@ Floats = NDArray[np.float64]
 RELATIVE_SCALE = 0.05
 SPARE_CELLS = 2
 """Cells that a fit needs beyond its parameters."""
+_LARGEST_LOG = 700.0  # whose exponential is a float
 BOOTSTRAPS = 200
 FOLDS = 10
 CONFIDENCE = 0.95
@@ -128,7 +129,7 @@ class Fit:
     predicted: Floats
     """[C]"""
     relative_error: float
-    """Mean of |predicted - delta| / delta over the cells above zero."""
+    """As `relative_error` says."""
     cells: int
     drawn: Mapping[int, Mapping[str, float]]
     """Number of a bootstrap draw to the constants of its fit."""
@@ -220,15 +221,12 @@ def fit(
         for name in form.parameters
     }
     predicted = np.exp(form.predict(theta, x))
-    above = cells.delta > 0
     return Fit(
         estimate=estimate,
         low={name: float(b[0]) for name, b in bounds.items()},
         high={name: float(b[1]) for name, b in bounds.items()},
         predicted=predicted,
-        relative_error=float(
-            np.mean(np.abs(predicted[above] - cells.delta[above]) / cells.delta[above])
-        ),
+        relative_error=relative_error(predicted, cells.delta),
         cells=len(cells.delta),
         drawn=drawn,
     )
@@ -240,20 +238,25 @@ def quantiles(drawn: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def relative_error(predicted: Floats, delta: Floats) -> float:
+    """Return the sum of |predicted - delta| over that of |delta|.
+
+    A mean of the cells' own relative errors would be that of the few whose delta is next to zero.
+    """
+    return float(np.abs(predicted - delta).sum() / np.abs(delta).sum())
+
+
 def cross_validate(cells: Cells, form: Form, *, seed: int = 0) -> float:
-    """Return the mean relative error on cells that were left out of the fit, in FOLDS folds."""
+    """Return the relative error on cells that were left out of the fit, in FOLDS folds."""
     check(cells, form)
     order = np.random.default_rng(seed).permutation(len(cells.delta))
-    errors = []
+    predicted = np.empty_like(cells.delta)
     _, means = _logs(cells)
     for fold in np.array_split(order, min(FOLDS, len(order))):
         kept = cells.take(np.setdiff1d(order, fold))
         theta = _minimize(form, kept, _centered(kept, means), _starts(form, kept))
-        left = cells.take(fold)
-        predicted = np.exp(form.predict(theta, _centered(left, means)))
-        above = left.delta > 0
-        errors += (np.abs(predicted - left.delta)[above] / left.delta[above]).tolist()
-    return float(np.mean(errors))
+        predicted[fold] = np.exp(form.predict(theta, _centered(cells.take(fold), means)))
+    return relative_error(predicted, cells.delta)
 
 
 def additivity(
@@ -364,7 +367,7 @@ def _constants(form: Form, theta: Floats, means: Mapping[str, float]) -> dict[st
     shared = tuple(name for name in of if name in found and name not in own.get("c", ()))
     for scale, exponents in (("k", shared), *own.items()):
         found[scale] -= sum(found[name] * means[of[name]] for name in exponents)
-        found[scale] = float(np.exp(found[scale]))
+        found[scale] = float(np.exp(np.clip(found[scale], -_LARGEST_LOG, _LARGEST_LOG)))
     if "gamma_n" in found:
         found["gamma_n"] = -found["gamma_n"]
     return found

@@ -141,7 +141,8 @@ def fit_law(
     found = replace(fit_trainings(trainings, bootstraps=bootstraps), left_out=left_out)
     if output is None:
         return found
-    source = f"{trainings.height} trainings of {', '.join(map(str, paths))}"
+    kind = "" if trainings["trunk_tokens"].has_nulls() else "branched "
+    source = f"{trainings.height} {kind}trainings of {', '.join(map(str, paths))}"
     write_laws(output, found.laws(source, _provenance(paths, trainings, schedule)))
     return replace(found, written=output)
 

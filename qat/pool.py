@@ -4,8 +4,8 @@ One task after another is handed to whichever process is free; one that needs an
 that is done, and others go first meanwhile. A process that dies (killed, out of memory) takes the
 pool with it: the pool is made again and what was not finished is run again, twice at the most, so
 that a task has to be one that can be repeated. Where a task raises, what runs is let finish, what
-waits is dropped, and the error comes out. If this process dies, so do its workers. With one device
-there is no other process at all.
+waits is dropped, and the error comes out; Ctrl-C ends the workers at once. If this process dies, so
+do they. With one device there is no other process at all.
 """
 
 import multiprocessing
@@ -102,6 +102,11 @@ def _run_pool(
         except BrokenProcessPool:
             finished = [f for f in running if f.done() and not f.cancelled() and not f.exception()]
             return sorted(set(undone) - {running[f] for f in finished})
+        except KeyboardInterrupt:
+            # A worker may be in code that swallows its own; what it trains is known by its state.
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

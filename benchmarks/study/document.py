@@ -235,6 +235,17 @@ def _findings(studies: Sequence[Study]) -> Lines:
 def _decay(studies: Sequence[Study]) -> Lines:
     yield "## Is the growth with D an effect of the decay of the learning rate?"
     yield ""
+    for study in studies:
+        grows = study.fitted.fits.get("w4a4") if study.fitted is not None else None
+        if study.branched and grows is not None:
+            yield (
+                "The trunks of the branched study hold their rate, and the arms' falls within the "
+                "same few steps whatever D is: there gamma_D of W4A4 is "
+                f"{grows.estimate['gamma_d']:.2f} [{grows.low['gamma_d']:.2f}, "
+                f"{grows.high['gamma_d']:.2f}]. So a rate that falls along with D is not needed "
+                "for delta to grow with D."
+            )
+            yield ""
     scratch = {s.schedule: s for s in studies if not s.branched}
     if WSD not in scratch or COSINE not in scratch:
         yield "No trainings under warmup-stable-decay and under a cosine: undetermined."

@@ -45,6 +45,6 @@ def refuse(task: tuple[Path, int], device: str) -> None:
 
 
 def stay(task: tuple[Path, int], device: str) -> None:
-    """Say who runs it and take a minute."""
+    """Say who runs it and take minutes."""
     note(task, device)
-    time.sleep(60)
+    time.sleep(300)

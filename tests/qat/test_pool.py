@@ -58,7 +58,8 @@ def _parent(folder: Path) -> None:
     run_tasks([(folder, n) for n in range(2)], ["a", "b"], pool_work.stay, "tasks")
 
 
-def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_do_not_outlive_their_parent(tmp_path: Path, how: signal.Signals) -> None:
     parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(tmp_path,))
     parent.start()
     deadline = time.monotonic() + 60
@@ -67,7 +68,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     workers = [int(pid) for _, pid in done(tmp_path).values()]
     assert len(workers) == 2
     assert parent.pid is not None
-    os.kill(parent.pid, signal.SIGKILL)
+    os.kill(parent.pid, how)  # to it alone
     parent.join()
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
