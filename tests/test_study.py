@@ -203,7 +203,7 @@ def test_the_page_is_written_from_what_there_is(study: Any, tmp_path: Path, swee
         )
     place = tmp_path / "out" / "study"
     studies = study.study.read_studies([source], bootstraps=5)
-    page = study.document.document(studies, "python document.py", 1, place)
+    page = study.document.document(studies, "python document.py", None, place)
     pictures = re.findall(r"\]\(study/(.*?\.svg)\)", page)
     assert len(pictures) >= 5
     assert {path.name for path in place.glob("*")} == set(pictures)

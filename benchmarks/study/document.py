@@ -1,6 +1,6 @@
 """Write the study, docs/study.md, and its figures, docs/study/*.svg, from the committed tables.
 
-    python benchmarks/study/document.py [SWEEP...] [--per-gpu K] [-o docs/study.md]
+    python benchmarks/study/document.py [SWEEP...] [--gpu-hours H] [-o docs/study.md]
 
 SWEEP is a sweep's directory with sweep.parquet and, where they are there, ratios.parquet and
 kurtosis.parquet (kurtosis.py); default: every one in benchmarks/study. Everything in the page
@@ -48,12 +48,12 @@ FIGURES = "study"
 Lines = Iterator[str]
 
 
-def document(studies: Sequence[Study], command: str, per_gpu: int, place: Path) -> str:
+def document(studies: Sequence[Study], command: str, gpu_hours: float | None, place: Path) -> str:
     """Return the page; write its figures into the folder `place`."""
     main = [s for s in studies if s.branched or s.schedule != WSD] or list(studies)
     parts = [
         _head(main, command),
-        _run(studies, per_gpu),
+        _run(studies, gpu_hours),
         _findings(main),
         _decay(studies),
         *(_law(study) for study in main),
@@ -93,7 +93,7 @@ def _head(studies: Sequence[Study], command: str) -> Lines:
     yield ""
 
 
-def _run(studies: Sequence[Study], per_gpu: int) -> Lines:
+def _run(studies: Sequence[Study], gpu_hours: float | None) -> Lines:
     rows = pl.concat([s.trainings for s in studies])
     trunks = rows[TRUNK].fill_null(0) if TRUNK in rows.columns else 0
     branched = any(s.branched for s in studies)
@@ -101,12 +101,16 @@ def _run(studies: Sequence[Study], per_gpu: int) -> Lines:
     yield ""
     hours = rows["seconds"].sum() / 3600
     hardware = ", ".join(rows["hardware"].drop_nulls().unique().sort())
-    many = f", with {per_gpu} at a time on each GPU" if per_gpu > 1 else ""
+    measured = (
+        ""
+        if gpu_hours is None
+        else f" {gpu_hours:g} GPU hours in all, with the trunks, compiling and evaluation: several "
+        "trainings shared a GPU."
+    )
     yield (
-        f"{rows.height:,} trainings on {hardware or 'unknown hardware'}{many}: "
-        f"{(rows['tokens'] - trunks).sum() / 1e9:.3g}B tokens in {hours / per_gpu:.3g} GPU hours"
-        + (f" ({hours:.3g} hours of single trainings)" if per_gpu > 1 else "")
-        + (", those of the trunks not counted." if branched else ".")
+        f"{rows.height:,} trainings on {hardware or 'unknown hardware'}: "
+        f"{(rows['tokens'] - trunks).sum() / 1e9:.3g}B tokens in {hours:.3g} hours of single "
+        "trainings" + (", those of the trunks not counted." if branched else ".") + measured
     )
     yield ""
     for study in studies:
@@ -528,18 +532,18 @@ def main() -> int:
     """Write the page and its figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sweeps", type=Path, nargs="*", metavar="SWEEP")
-    parser.add_argument("--per-gpu", type=int, default=1, help="trainings that shared a GPU")
+    parser.add_argument("--gpu-hours", type=float, help="of all GPUs, from start to end")
     parser.add_argument("--bootstraps", type=int, default=BOOTSTRAPS)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "study.md")
     asked = parser.parse_args()
     sweeps = asked.sweeps or sorted(p.parent for p in HERE.glob("*/sweep.parquet"))
     words = " ".join(
         ["python benchmarks/study/document.py", *map(str, asked.sweeps)]
-        + [f"--per-gpu {asked.per_gpu}"] * (asked.per_gpu > 1)
+        + ([] if asked.gpu_hours is None else [f"--gpu-hours {asked.gpu_hours:g}"])
     )
     try:
         studies = read_studies(sweeps, bootstraps=asked.bootstraps)
-        page = document(studies, words, asked.per_gpu, asked.output.parent / FIGURES)
+        page = document(studies, words, asked.gpu_hours, asked.output.parent / FIGURES)
         write_atomic(asked.output, lambda file: file.write(page.encode()))
     except BitplanError as error:
         print(f"error: {error}", file=sys.stderr)
