@@ -36,7 +36,6 @@ Floats = NDArray[np.float64]
 RELATIVE_SCALE = 0.05
 SPARE_CELLS = 2
 """Cells that a fit needs beyond its parameters."""
-_LARGEST_LOG = 700.0  # whose exponential is a float
 BOOTSTRAPS = 200
 FOLDS = 10
 CONFIDENCE = 0.95
@@ -234,7 +233,11 @@ def fit(
 
 def quantiles(drawn: Sequence[float]) -> tuple[float, float]:
     """Return the bounds between which CONFIDENCE of the bootstrap's values lie."""
-    low, high = np.quantile(drawn, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    if np.isfinite(drawn).all():
+        low, high = np.quantile(drawn, tails)
+    else:  # between values that overflowed there is no mean: one of them is the bound
+        low, high = np.quantile(drawn, tails, method="closest_observation")
     return float(low), float(high)
 
 
@@ -367,7 +370,8 @@ def _constants(form: Form, theta: Floats, means: Mapping[str, float]) -> dict[st
     shared = tuple(name for name in of if name in found and name not in own.get("c", ()))
     for scale, exponents in (("k", shared), *own.items()):
         found[scale] -= sum(found[name] * means[of[name]] for name in exponents)
-        found[scale] = float(np.exp(np.clip(found[scale], -_LARGEST_LOG, _LARGEST_LOG)))
+        with np.errstate(over="ignore"):  # a draw may be absurd, and its k infinite
+            found[scale] = float(np.exp(found[scale]))
     if "gamma_n" in found:
         found["gamma_n"] = -found["gamma_n"]
     return found

@@ -5,6 +5,7 @@ beside: without D, without G, other forms by cross-validation, and whether the d
 inputs add up to that of both.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,7 +54,11 @@ class FittedLaw:
             laws={name: Law(**fit.estimate) for name, fit in self.fits.items()},
             grid=Grid(**{name: (low, high) for name, (low, high) in self.grid.items()}),
             intervals={
-                name: {c: (fit.low[c], fit.high[c]) for c in CONSTANTS}
+                name: {
+                    c: (fit.low[c], fit.high[c])
+                    for c in CONSTANTS
+                    if math.isfinite(fit.low[c]) and math.isfinite(fit.high[c])
+                }
                 for name, fit in self.fits.items()
             },
             provenance=provenance,
@@ -186,6 +191,7 @@ def _provenance(
         "tables": {str(path): file_hash(path) for path in tables if path.is_file()},
         "trainings": content_hash(sorted(trainings["config_hash"].drop_nulls())),
         "schedule": schedule,
+        "branched": not trainings["trunk_tokens"].is_null().all(),
         "text": trainings["text"].drop_nulls().unique().sort().to_list(),
         "hardware": trainings["hardware"].drop_nulls().unique().sort().to_list(),
         "versions": dict(versions()),

@@ -125,6 +125,14 @@ def _run(studies: Sequence[Study], gpu_hours: float | None) -> Lines:
             f"{_values(table['batch_size'])} x {_values(table['seq_len'])} tokens."
         )
         yield ""
+        if study.branched:
+            arms = _values(table["tokens"] - table[TRUNK])
+            yield (
+                f"D is the trunk's tokens and the arm's, {arms}: where all arms are alike, D grows "
+                "by the trunk alone, and delta is what a short training under QAT leaves of the "
+                "damage to a checkpoint, not what a whole training does: so are exponents of D."
+            )
+            yield ""
         shown = [
             [
                 WORDS.get(str(precision), str(precision)),

@@ -41,9 +41,9 @@ OPTIONS = {
     "law budget": "--flops --gpu-hours --gpu --utilization --bytes --weight-bits --params --tokens "
     "--group-size --law --json",
     "law design": "--precision --exponent --steps --params --tokens --group-size --gpu "
-    "--utilization --schedule --force --json",
+    "--utilization --schedule --branched --force --json",
     "sweep": "-o --output --device --gpus --workers --ray --dry-run --json",
-    "law fit": "-o --output --schedule --force --json",
+    "law fit": "-o --output --schedule --branched --force --json",
 }
 
 

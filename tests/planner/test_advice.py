@@ -185,7 +185,7 @@ def test_params_default_to_the_checkpoints_and_extrapolation_is_marked(run: Path
     manifest = json.loads(path.read_text())
     manifest["model"]["num_non_embedding_parameters"] = 2_000_000
     path.write_text(json.dumps(manifest))
-    result = make_plan(run, PlanOptions(tokens=1e6))
+    result = make_plan(run, PlanOptions(tokens=1e6, law="paper"))
     assert result.plan.advice is not None
     assert result.plan.advice["params"] == 2e6
     assert [x.partition(" is outside")[0] for x in result.plan.advice["extrapolates"]] == [

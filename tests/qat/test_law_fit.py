@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from bitplan.cli import EXIT_BAD_INPUT, main
 from bitplan.errors import DataError, FitError, RunError
 from bitplan.formats import parse_format
-from bitplan.law import PAPER, read_laws
+from bitplan.law import PAPER, read_laws, write_laws
 from bitplan.qat.law_fit import (
     FORMS,
     LAW,
@@ -24,8 +24,9 @@ from bitplan.qat.law_fit import (
     fit,
     fit_baseline,
     pairs_of,
+    quantiles,
 )
-from bitplan.qat.law_result import fit_law
+from bitplan.qat.law_result import fit_law, fit_trainings
 from bitplan.qat.law_runs import classify, deltas, read_trainings
 from bitplan.qat.verify import verify_plan
 from bitplan.rundir import file_hash
@@ -306,3 +307,18 @@ def test_a_written_law_says_what_it_was_fitted_to(tmp_path: Path) -> None:
     assert written.provenance["tables"] == {str(source): file_hash(source)}
     assert written.provenance["schedule"] == "cosine"
     assert written.grid.params == (min(PARAMS), max(PARAMS))
+
+
+def test_draws_that_overflow_leave_bounds_and_a_law_that_can_be_written(tmp_path: Path) -> None:
+    low, high = quantiles([1.0] * 90 + [float("inf")] * 10)
+    assert (low, high) == (1.0, float("inf"))
+    found = fit_trainings(trainings(noise=0.001), bootstraps=5)
+    name, fitted = next(iter(found.fits.items()))
+    wide = replace(fitted, high={**fitted.high, "k": float("inf")})
+    laws = replace(found, fits={**found.fits, name: wide}).laws("ours", {})
+    write_laws(tmp_path / "law.json", laws)
+    assert set(read_laws(tmp_path / "law.json").intervals[name]) == {
+        "gamma_n",
+        "gamma_d",
+        "gamma_g",
+    }
