@@ -94,7 +94,10 @@ def predict(
 
 @dataclass(frozen=True, kw_only=True)
 class Crossover:
-    """The tokens at which the weights come to cost as much as the inputs, over N and G."""
+    """The tokens at which the weights come to cost as much as the inputs, over N and G.
+
+    None where they never do: their cost does not grow faster with tokens than the inputs'.
+    """
 
     rows: tuple[dict[str, Any], ...]
     source: str
@@ -114,11 +117,7 @@ class Crossover:
             lines += ["", f"{title:24}" + "".join(f"{f'G {g:g}':>19}" for g in groups)]
             for params in dict.fromkeys(row["params"] for row in self.rows):
                 cells = [row for row in self.rows if row["params"] == params]
-                text = "".join(
-                    f"{row[key]:>9.1e} ({row[key] / params:>6,.0f})"
-                    + ("*" if row["extrapolates"][key] else " ")
-                    for row in cells
-                )
+                text = "".join(_cell(row[key], params, row["extrapolates"][key]) for row in cells)
                 lines.append(f"N {params:<22.4g}{text}")
         lines += [
             "",
@@ -145,25 +144,27 @@ def crossover(
         for g in group_sizes:
             check_values(params=n, group_size=g)
             tokens = {
-                "all_inputs_at_4": _crossing(laws, n, g, fc2_at_8=False),
-                "fc2_inputs_at_8": _crossing(laws, n, g, fc2_at_8=True),
+                "all_inputs_at_4": laws.crossover_tokens(n, g, fc2_at_8=False),
+                "fc2_inputs_at_8": laws.crossover_tokens(n, g, fc2_at_8=True),
             }
             outside = {
-                key: bool(laws.outside_grid(params=n, tokens=d, group_size=g))
+                key: bool(
+                    laws.outside_grid(
+                        params=n, group_size=g, **({} if d is None else {"tokens": d})
+                    )
+                )
                 for key, d in tokens.items()
             }
             rows.append({"params": n, "group_size": g, **tokens, "extrapolates": outside})
     return Crossover(rows=tuple(rows), source=laws.named)
 
 
-def _crossing(laws: LawSet, params: float, group_size: float, *, fc2_at_8: bool) -> float:
-    found = laws.crossover_tokens(params, group_size, fc2_at_8=fc2_at_8)
-    if found is None:
-        raise BitplanError(
-            f"by the law of {laws.source} the weights' cost does not grow faster with tokens than "
-            "the inputs': there is no number of tokens from which on it is the larger"
-        )
-    return found
+def _cell(tokens: float | None, params: float, extrapolates: bool) -> str:
+    found = "never"
+    if tokens is not None:
+        ratio = tokens / params
+        found = f"{tokens:.1e} ({ratio:>{'7,.0f' if ratio < 1e6 else '7.1e'}})"
+    return f"{found:>18}" + ("*" if extrapolates else " ")
 
 
 def check_values(**values: float) -> None:

@@ -28,7 +28,8 @@ def write_crossover(crossover: Crossover, path: Path) -> None:
         crossover_chart(rows),
         title=title,
         takeaway="Below a line the inputs cost more, above it the weights do.",
-        note="Hollow points lie outside the ranges that the law was fitted on.",
+        note="Hollow points lie outside the ranges that the law was fitted on. Where there is no "
+        "point, the weights never come to cost as much.",
         data=rows,
     )
     lead = el("p", f"Tokens at which R = 1, by the law of {crossover.source}.", class_="lead")
@@ -38,20 +39,21 @@ def write_crossover(crossover: Crossover, path: Path) -> None:
 
 
 def crossover_rows(crossover: Crossover) -> pl.DataFrame:
-    """Return a row per N, G and kind of inputs."""
+    """Return a row per N, G and kind of inputs; tokens are null where the weights never catch up."""
     return pl.DataFrame(
         [
             {
                 "params": float(row["params"]),
                 "group_size": f"G {row['group_size']:g}",
                 "inputs": words,
-                "tokens": float(row[key]),
-                "tokens_per_parameter": row[key] / row["params"],
+                "tokens": row[key],
+                "tokens_per_parameter": None if row[key] is None else row[key] / row["params"],
                 "extrapolates": "yes" if row["extrapolates"][key] else "no",
             }
             for key, words in WORDS.items()
             for row in crossover.rows
-        ]
+        ],
+        schema_overrides={"tokens": pl.Float64, "tokens_per_parameter": pl.Float64},
     )
 
 
@@ -63,7 +65,7 @@ def crossover_chart(rows: pl.DataFrame) -> Chart:
     stroke = alt.Legend(symbolType="stroke", symbolStrokeWidth=2.5, symbolSize=220)
     hue = alt.Scale(domain=groups, range=colors)
     lengths = alt.Scale(domain=list(WORDS.values()), range=[[6, 3], [1, 0]])
-    base = inline(rows).encode(
+    base = inline(rows.drop_nulls("tokens")).encode(
         x=alt.X(
             "params:Q", title="parameters, N", axis=power, scale=alt.Scale(type="log", nice=False)
         ),

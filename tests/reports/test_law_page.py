@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,10 @@ import vl_convert
 from click.testing import CliRunner
 
 from bitplan.cli import main
-from bitplan.errors import BitplanError
 from bitplan.forecast import crossover
 from bitplan.law import PAPER, Law, LawSet
 from bitplan.reports.charts import to_spec
-from bitplan.reports.law_page import crossover_chart, crossover_rows
+from bitplan.reports.law_page import crossover_chart, crossover_rows, write_crossover
 
 
 def test_every_cell_of_the_table_is_a_point() -> None:
@@ -50,9 +50,15 @@ def test_the_command_writes_one_file(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=.https?:", html)
 
 
-def test_a_law_without_a_crossover_says_so() -> None:
+def test_a_law_without_a_crossover_says_never(tmp_path: Path) -> None:
     flat = Law(k=0.1, gamma_n=0.2, gamma_d=0.1, gamma_g=0.5)
-    names = ("w4a16", "w16a4", "w16a4+fc2")
-    laws = LawSet("a file", PAPER.baseline, dict.fromkeys(names, flat), PAPER.grid)
-    with pytest.raises(BitplanError, match="does not grow faster"):
-        crossover([1e8], [32], laws)
+    late = replace(flat, gamma_d=0.2)
+    rows = {"w16a4": flat, "w4a16": late, "w16a4+fc2": replace(late, k=0.2)}
+    laws = LawSet("a file", PAPER.baseline, rows, PAPER.grid)
+    found = crossover([1e8], [32], laws)
+    assert found.rows[0]["fc2_inputs_at_8"] is None
+    assert found.rows[0]["all_inputs_at_4"] == pytest.approx(1.0)
+    assert found.as_text().count("never") == 1
+    assert crossover_rows(found)["tokens"].null_count() == 1
+    write_crossover(found, tmp_path / "page.html")
+    assert (tmp_path / "page.html").is_file()
