@@ -39,7 +39,7 @@ def write_crossover(crossover: Crossover, path: Path) -> None:
 
 
 def crossover_rows(crossover: Crossover) -> pl.DataFrame:
-    """Return a row per N, G and kind of inputs; tokens are null where the weights never catch up."""
+    """Return a row per N, G and kind of inputs, without tokens where the weights never catch up."""
     return pl.DataFrame(
         [
             {
