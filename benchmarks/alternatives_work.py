@@ -19,9 +19,10 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.probe.text import Split, load_text, tokenize
 from bitplan.progress import track
 from bitplan.qat.convert import convert, restore
+from bitplan.qat.job import Job
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.record import HELDOUT_FILE, arm_dir
-from bitplan.qat.train import Job, make_accelerator, train_arm
+from bitplan.qat.train import make_accelerator, train_arm
 from bitplan.rundir import RunDir, content_hash, hardware, write_atomic
 
 # `key` identifies the model, the text and the recipe that a row's numbers depend on.

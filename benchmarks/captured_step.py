@@ -21,9 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitplan.formats import parse_format
 from bitplan.probe.modules import find_linears
-from bitplan.qat import record, train
+from bitplan.qat import record, training
+from bitplan.qat.job import Job
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.step import WARMUP_STEPS, Step
+from bitplan.qat.train import make_accelerator, train_arm
 from bitplan.rundir import RunDir, versions, write_json
 from bitplan.sites import OPERANDS, PLANNED_ROLES
 
@@ -66,7 +68,7 @@ def rate(size: str, arm: str, way: str, batch_size: int, seq_len: int) -> float:
     recipe = Recipe(steps=STEPS, batch_size=batch_size, seq_len=seq_len, lr=1e-3, records=1)
     captured, compiled = WAYS[way]
     recipe = replace(recipe, compiled=compiled)
-    job = train.Job(
+    job = Job(
         arm=arm,
         seed=0,
         formats=formats,
@@ -79,9 +81,9 @@ def rate(size: str, arm: str, way: str, batch_size: int, seq_len: int) -> float:
     def step(*args, capture, **named):  # type: ignore[no-untyped-def]
         return Step(*args, capture=capture and captured, **named)
 
-    with tempfile.TemporaryDirectory() as place, patch.object(train, "Step", step):
+    with tempfile.TemporaryDirectory() as place, patch.object(training, "Step", step):
         run = RunDir.create(Path(place) / "run")
-        train.train_arm(run, plain, job, train.make_accelerator(torch.device("cuda")))
+        train_arm(run, plain, job, make_accelerator(torch.device("cuda")))
         seconds = run.read_table(f"{record.arm_dir(arm, 0)}/{record.METRICS_FILE}")["seconds"]
     taken = float(seconds[STEPS - 2] - seconds[FIRST])  # the last step is recorded
     return (STEPS - 2 - FIRST) * batch_size * seq_len / taken

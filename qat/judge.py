@@ -21,8 +21,8 @@ from bitplan.probe.text import Corpus
 from bitplan.qat import record as files
 from bitplan.qat import verdict as arithmetic
 from bitplan.qat.arms import ARMS, BASELINE, RATIOS, UNIFORM, Arm, attribution_arms
+from bitplan.qat.job import Job
 from bitplan.qat.result import ArmResult, Attribution, Verdict, sentence
-from bitplan.qat.train import Job
 from bitplan.qat.verdict import Floats, Interval, Looks
 from bitplan.rundir import RunDir, content_hash
 from bitplan.sites import Site

@@ -34,10 +34,11 @@ from torch import nn
 
 from bitplan.errors import RunError
 from bitplan.qat import record as files
+from bitplan.qat.job import Job
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.start import Start
 from bitplan.qat.sweep_tokens import Read, Tokens
-from bitplan.qat.train import Job, train_arm
+from bitplan.qat.train import train_arm
 from bitplan.rundir import RunDir, file_hash, write_atomic
 
 TRUNKS = "trunks"

@@ -24,11 +24,12 @@ from torch import nn
 from bitplan.errors import BitplanError, TrainingError
 from bitplan.qat import record as files
 from bitplan.qat.arms import Formats
+from bitplan.qat.job import Job
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.start import Start
 from bitplan.qat.sweep_tokens import Tokens
 from bitplan.qat.sweep_trunk import Point
-from bitplan.qat.train import Job, make_accelerator, train_arm
+from bitplan.qat.train import make_accelerator, train_arm
 from bitplan.rundir import RunDir, read_json, write_json
 from bitplan.sites import Site
 

@@ -39,13 +39,14 @@ from bitplan.qat.arms import (
     select_arms,
 )
 from bitplan.qat.devices import training_devices
+from bitplan.qat.job import Job
 from bitplan.qat.judge import judge, with_trained
 from bitplan.qat.pool import run_tasks
 from bitplan.qat.processes import share, together
 from bitplan.qat.recipe import Recipe
 from bitplan.qat.result import VERDICT_FILE, Verdict
 from bitplan.qat.start import Start, from_checkpoint, from_scratch
-from bitplan.qat.train import Job, make_accelerator, train_arm
+from bitplan.qat.train import make_accelerator, train_arm
 from bitplan.qat.verdict import Looks
 from bitplan.rundir import RunDir, content_hash
 from bitplan.sites import Linear, Site

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from bitplan.qat import record as files
-from bitplan.qat import state, train
+from bitplan.qat import state, train, training
 from bitplan.rundir import RunDir
 
 CPU = torch.device("cpu")
@@ -78,13 +78,13 @@ def die_within_write(number: int) -> None:
 
 
 KILLS: dict[str, Callable[[], None]] = {
-    "as the first step begins": lambda: die_at_call(train, "share_of_peak", 1),
-    "as the fourth step begins": lambda: die_at_call(train, "share_of_peak", 4),
+    "as the first step begins": lambda: die_at_call(training, "share_of_peak", 1),
+    "as the fourth step begins": lambda: die_at_call(training, "share_of_peak", 4),
     "within the first write": lambda: die_within_write(1),
     "within the third write": lambda: die_within_write(3),
     "before a state is in its place": lambda: die_at_call(state.os, "replace", 6),
-    "before the old state is removed": lambda: die_at_call(train, "remove_states", 3),
-    "in the evaluation": lambda: die_at_call(train._Training, "evaluate", 1, after=True),
+    "before the old state is removed": lambda: die_at_call(training, "remove_states", 3),
+    "in the evaluation": lambda: die_at_call(training.Training, "evaluate", 1, after=True),
     "before the record is written": lambda: die_at_call(RunDir, "write_json", 1),
     "before the last state is removed": lambda: die_at_call(files, "clean", 1),
 }
@@ -104,7 +104,7 @@ def use_fsdp2(accelerator: Any) -> None:
 
 def note_weights(directory: Path) -> None:
     """Leave a hash of the final weights beside the results."""
-    real = train._Training.finish
+    real = training.Training.finish
 
     def noting(self: Any) -> Any:
         digest = hashlib.sha256()
@@ -115,7 +115,7 @@ def note_weights(directory: Path) -> None:
             (directory / "weights").write_text(digest.hexdigest())
         return real(self)
 
-    train._Training.finish = noting
+    training.Training.finish = noting
 
 
 def work(case: Case, rank: int, directory: Path, meeting: Path, model: Any, job: Any) -> None:

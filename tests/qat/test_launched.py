@@ -20,8 +20,8 @@ from bitplan.options import VerifyOptions, spell
 from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
 from bitplan.qat.arms import ARMS
+from bitplan.qat.job import Job
 from bitplan.qat.recipe import Recipe
-from bitplan.qat.train import Job
 from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir
 

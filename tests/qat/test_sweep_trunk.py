@@ -17,13 +17,15 @@ from bitplan.errors import BitplanError, DataError
 from bitplan.formats import parse_format
 from bitplan.options import SweepOptions
 from bitplan.probe.modules import find_linears
+from bitplan.qat import training
+from bitplan.qat.job import Job
 from bitplan.qat.law_runs import deltas, read_sweep, read_trainings
 from bitplan.qat.recipe import Recipe, make_optimizer, sequence_losses
 from bitplan.qat.start import Start
 from bitplan.qat.sweep import _model, _task, run_sweep
 from bitplan.qat.sweep_grid import PRECISIONS, parse_grid
 from bitplan.qat.sweep_tokens import Read, Tokens, _order
-from bitplan.qat.train import Job, make_accelerator, train_arm
+from bitplan.qat.train import make_accelerator, train_arm
 from bitplan.rundir import RunDir, read_json
 from bitplan.sites import PLANNED_ROLES
 from bitplan.tables import RATIOS
@@ -204,13 +206,11 @@ def test_a_trunk_trained_again_has_all_its_arms_trained_again(
 def test_a_killed_trunk_goes_on(
     grid: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitplan.qat import train
-
     monkeypatch.setattr(train_arm, "__kwdefaults__", {"save_every_s": 0.0, "pause_at": None})
     whole, out = tmp_path / "whole", tmp_path / "killed"
     path = grid(extra=BRANCHED)
     run_sweep(path, whole, CPU)
-    take = train._Training.take_step
+    take = training.Training.take_step
     taken: list[int] = []
 
     def die(self: Any, step: int) -> None:
@@ -220,7 +220,7 @@ def test_a_killed_trunk_goes_on(
         taken.append(step)
         take(self, step)
 
-    monkeypatch.setattr(train._Training, "take_step", die)
+    monkeypatch.setattr(training.Training, "take_step", die)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(path, out, CPU)
     taken = [7]

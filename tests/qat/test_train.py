@@ -18,11 +18,12 @@ from polars.testing import assert_frame_equal
 from bitplan.errors import DivergedError, RunError, TrainingError
 from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.qat import record as files
-from bitplan.qat import state, train
+from bitplan.qat import state, training
 from bitplan.qat.arms import ARMS
+from bitplan.qat.job import Job
 from bitplan.qat.recipe import Recipe, share_of_peak
 from bitplan.qat.state import find_states
-from bitplan.qat.train import Job, make_accelerator, train_arm
+from bitplan.qat.train import make_accelerator, train_arm
 from bitplan.rundir import RunDir
 from bitplan.tables import METRICS, PROFILE
 
@@ -84,14 +85,14 @@ class Killed(Exception):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the training die as step `step`, from 0, begins."""
-    real = train.share_of_peak
+    real = training.share_of_peak
 
     def dying(at: int, recipe: Recipe) -> float:
         if at == step:
             raise Killed
         return real(at, recipe)
 
-    monkeypatch.setattr(train, "share_of_peak", dying)
+    monkeypatch.setattr(training, "share_of_peak", dying)
 
 
 def test_the_same_job_twice_gives_the_same_files_to_the_bit(
@@ -335,11 +336,11 @@ def test_a_loss_that_stops_being_finite_leaves_the_last_good_state(
 ) -> None:
     directory = run("a")
     place = directory.path / files.arm_dir(job.arm, job.seed)
-    real = train.sequence_losses
+    real = training.sequence_losses
     with monkeypatch.context() as patch:
         losses = itertools.count()
         patch.setattr(
-            train,
+            training,
             "sequence_losses",
             lambda *args, **named: real(*args, **named) * (math.inf if next(losses) == 2 else 1),
         )
@@ -374,14 +375,14 @@ def test_running_out_of_memory_names_what_fits(
     fits: int,
     advice: str,
 ) -> None:
-    real = train.sequence_losses
+    real = training.sequence_losses
 
     def full(model: Any, ids: torch.Tensor, **named: Any) -> torch.Tensor:
         if len(ids) > fits:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
         return real(model, ids, **named)
 
-    monkeypatch.setattr(train, "sequence_losses", full)
+    monkeypatch.setattr(training, "sequence_losses", full)
     large = replace(job, recipe=replace(RECIPE, batch_size=10, steps=1))
     directory = run("a")
     with pytest.raises(TrainingError, match=advice):
@@ -404,9 +405,9 @@ def test_a_compiled_recipe_compiles_every_block(
     model: Any, job: Job, run: Callable[[str], RunDir]
 ) -> None:
     compiled = replace(job, recipe=replace(RECIPE, compiled=True))
-    training = train._Training(run("a"), model, compiled, make_accelerator(CPU))
-    assert training.passes.blocks == list(training.plain.model.layers)
-    plain = train._Training(run("b"), model, job, make_accelerator(CPU))
+    compiled_training = training.Training(run("a"), model, compiled, make_accelerator(CPU))
+    assert compiled_training.passes.blocks == list(compiled_training.plain.model.layers)
+    plain = training.Training(run("b"), model, job, make_accelerator(CPU))
     assert plain.passes.blocks == []
 
 

@@ -19,7 +19,7 @@ from bitplan.cli import main
 from bitplan.errors import BitplanError, CheckpointError, DataError, PlanError, RunError
 from bitplan.formats import parse_format
 from bitplan.options import VerifyOptions
-from bitplan.qat import judge, train, verify
+from bitplan.qat import judge, train, training, verify
 from bitplan.qat.arms import ARMS, attribution_arms
 from bitplan.qat.result import Verdict
 from bitplan.qat.verdict import Interval
@@ -261,7 +261,7 @@ def test_arms_share_their_batches_and_seeds_do_not(
 ) -> None:
     at = ready(arms=("bf16", "w4a4"))
     seen: dict[tuple[str, int], list[torch.Tensor]] = {}
-    real_step, real_losses = train._Training.take_step, train.sequence_losses
+    real_step, real_losses = training.Training.take_step, training.sequence_losses
     current: list[tuple[str, int]] = []
 
     def step(self: Any, index: int) -> None:
@@ -273,8 +273,8 @@ def test_arms_share_their_batches_and_seeds_do_not(
             seen.setdefault(current[0], []).append(ids.clone())
         return real_losses(model, ids, **named)
 
-    monkeypatch.setattr(train._Training, "take_step", step)
-    monkeypatch.setattr(train, "sequence_losses", noting)
+    monkeypatch.setattr(training.Training, "take_step", step)
+    monkeypatch.setattr(training, "sequence_losses", noting)
     verify_plan(at.run, at.options)
     assert set(seen) == {(arm, seed) for arm in ("bf16", "w4a4") for seed in (0, 1)}
     assert [ids.shape for ids in seen["bf16", 0]] == [(2, 32)] * 4
@@ -293,7 +293,7 @@ def test_a_killed_verify_goes_on_where_it_stopped(
     arms = ("bf16", "w16a4", "w4a4")
     whole, killed = (ready(name=name, seeds=1, arms=arms) for name in ("whole", "killed"))
     verify_plan(whole.run, whole.options)
-    real = train._Training.take_step
+    real = training.Training.take_step
 
     def dying(self: Any, step: int) -> None:
         if self.job.arm == "w16a4" and step == 2:
@@ -301,7 +301,7 @@ def test_a_killed_verify_goes_on_where_it_stopped(
         real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Training, "take_step", dying)
+        patch.setattr(training.Training, "take_step", dying)
         patch.setattr(verify, "train_arm", partial(train.train_arm, save_every_s=0.0))
         with pytest.raises(KeyboardInterrupt):
             verify_plan(killed.run, killed.options)
@@ -318,7 +318,7 @@ def test_an_arm_that_diverges_is_missing_and_the_others_are_judged(
     ready: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = ready(arms=("bf16", "w16a4", "w4a16"), seeds=1)
-    real = train._Training.take_step
+    real = training.Training.take_step
 
     def breaking(self: Any, step: int) -> None:
         if self.job.arm == "w16a4" and step == 2:
@@ -327,7 +327,7 @@ def test_an_arm_that_diverges_is_missing_and_the_others_are_judged(
         real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Training, "take_step", breaking)
+        patch.setattr(training.Training, "take_step", breaking)
         found = verify_plan(at.run, at.options)
     assert {arm.name for arm in found.arms} == {"bf16", "w4a16"}
     assert found.verdict == "undetermined"
