@@ -109,7 +109,7 @@ def note_weights(directory: Path) -> None:
     def noting(self: Any) -> Any:
         digest = hashlib.sha256()
         for name, value in sorted(self.plain.state_dict().items()):
-            whole = train.whole_tensor(value)
+            whole = training.whole_tensor(value)
             digest.update(name.encode() + whole.numpy().tobytes())
         if self.accelerator.is_main_process:
             (directory / "weights").write_text(digest.hexdigest())
