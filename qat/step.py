@@ -15,7 +15,6 @@ loss and the gradient norm that they give as written.
 """
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import patch
@@ -102,13 +101,9 @@ class Step:
                     self._plain(self._batch)
             self._forget_gradients()
             graph = torch.cuda.CUDAGraph()
-            gc.collect()
             before = random.clone_state()
             try:
-                with (
-                    _without_collection(),
-                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
-                ):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._loss, self._norm = self._run(self._batch)
             except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
@@ -152,18 +147,6 @@ def alike(written: Sequence[float], replayed: Sequence[float]) -> bool:
         math.isclose(a, b, rel_tol=ROUNDING) or not (math.isfinite(a) and math.isfinite(b))
         for a, b in zip(written, replayed, strict=True)
     )
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Collect no garbage inside: the graph of an earlier arm, freed in a capture, spoils it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
