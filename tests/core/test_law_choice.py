@@ -1,5 +1,6 @@
 """The law that forecasts a training is the one fitted nearest to it, and says why it was taken."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -124,3 +125,13 @@ def test_weights_that_never_catch_up_have_no_crossover() -> None:
     # Growing hardly faster, they would need more tokens than a float counts.
     near = replace(PAPER, laws={**PAPER.laws, "w4a16": Law(1e-6, 0.3, 0.0332, 0.5)})
     assert near.crossover_tokens(1e8, 128, fc2_at_8=False) is None
+
+
+def test_the_law_that_ships_is_of_the_committed_trainings() -> None:
+    laws = {name: law for name, law in shipped().items() if name != "paper"}
+    assert laws
+    for law in laws.values():
+        assert law.provenance["tables"]
+        for table, expected in law.provenance["tables"].items():
+            content = (Path(__file__).parents[2] / table).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == expected
