@@ -13,8 +13,8 @@ multiplied by the factor that makes the three uniform plans cost what the law fo
 Within a kind the order of sites stays the profile's, so a limit on weights chooses as before. Under
 one on inputs FC2 shifts against the others, and under one that both operands share (bit operations,
 time), or with `--converge`, bits move from inputs to weights as D grows. Where a factor would not
-be positive, all inputs get one. The law is of QAT from scratch: for a continued training it is a
-lead.
+be positive, all inputs get one. A law is of QAT from scratch, as the paper's, or of a few steps
+from a trained model (`branched`): for any other training it is a lead.
 """
 
 from collections.abc import Mapping
@@ -53,6 +53,8 @@ class Outlook:
     extrapolates: tuple[str, ...]
     """What lies outside the ranges that the law was fitted on."""
     source: str
+    branched: bool
+    """Fitted to arms that branch from a trained model, and not to QAT from scratch."""
     why: str
     """Why this law, where several ship; "" where there was no choice."""
 
@@ -88,6 +90,7 @@ def outlook(problem: Problem, params: float, tokens: float, laws: LawSet = PAPER
         crossover_tokens_fc2_at_8=crossover(True),
         extrapolates=tuple(outside),
         source=laws.source,
+        branched=bool(laws.provenance.get("branched", False)),
         why=laws.why,
     )
 

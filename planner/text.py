@@ -183,8 +183,9 @@ def _plus_minus(stderr: float | None) -> str:
 
 def _advice(a: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the scaling law says, and where the next bit should go."""
+    start = "from a trained model" if a.get("branched") else "from scratch"
     yield fill(
-        f"law: {a['params']:.4g} parameters and {a['tokens']:.4g} tokens, 4 bits, QAT from scratch "
+        f"law: {a['params']:.4g} parameters and {a['tokens']:.4g} tokens, 4 bits, QAT {start} "
         f"({a['source']}{_chosen(a)}):",
         WIDTH,
     )

@@ -241,7 +241,8 @@ def test_the_shipped_law_that_fits_the_training_is_taken(
 ) -> None:
     laws = tmp_path / "laws"
     grid = Grid(params=(1e6, 1e7), tokens=(2e6, 4e7), group_size=(32, 256))
-    small = replace(PAPER, source="12 trainings of ours", grid=grid)
+    origin = {"branched": True}
+    small = replace(PAPER, source="12 trainings of ours", grid=grid, provenance=origin)
     write_laws(laws / "small.json", small)
     monkeypatch.setattr(law_choice, "shipped", lambda: shipped(laws))
     asked = PlanOptions(tokens=1e7, params=3e6)
@@ -249,11 +250,14 @@ def test_the_shipped_law_that_fits_the_training_is_taken(
     assert made.plan.advice is not None
     assert made.plan.advice["source"] == small.source
     assert made.plan.advice["why"] == "N and D lie within what the small law was fitted on"
-    assert "the small law was fitted on" in " ".join(made.as_text().split())
+    text = " ".join(made.as_text().split())
+    assert "QAT from a trained model (12 trainings of ours" in text
+    assert "the small law was fitted on" in text
     assert make_plan(run, asked).up_to_date
     large = make_plan(run, replace(asked, tokens=1e11, params=3e8)).plan.advice
     assert large is not None
     assert large["source"] == PAPER.source
+    assert not large["branched"]
     # Where the shipped law has changed, the plan that it scaled is made again.
     make_plan(run, asked)
     write_laws(laws / "small.json", replace(small, source="again"))
