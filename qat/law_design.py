@@ -193,14 +193,22 @@ def beyond(values: Floats) -> list[float]:
 def _hours(
     trainings: pl.DataFrame, flops_per_second: float
 ) -> tuple[Callable[[float, float], float], bool]:
-    """Return a training's hours by N and D, and whether they follow from measured rates."""
+    """Return a training's hours by N and D, and whether they follow from measured rates.
+
+    An arm that branches from a trunk costs its own tokens; the trunk serves all of its points.
+    """
+    arms = (trainings["tokens"] - trainings["trunk_tokens"]).drop_nulls().median()
+
+    def own(tokens: float) -> float:
+        return tokens if arms is None else float(arms)  # type: ignore[arg-type]  # a number
+
     known = trainings.filter(pl.col("tokens_per_second").is_not_null())
     rates: dict[int, list[float]] = {}
     for n, rate in known.select("params", "tokens_per_second").iter_rows():
         rates.setdefault(n, []).append(rate)
     if not rates:
-        return lambda n, d: 6 * n * d / flops_per_second / 3600, False
-    return lambda n, d: d / expected_rate(rates, n) / 3600, True
+        return lambda n, d: 6 * n * own(d) / flops_per_second / 3600, False
+    return lambda n, d: own(d) / expected_rate(rates, n) / 3600, True
 
 
 class _Model:

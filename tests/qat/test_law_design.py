@@ -125,6 +125,17 @@ def test_hours_follow_from_measured_rates_where_there_are_any(table: Path) -> No
         assert step.hours == pytest.approx(alone * (2 if step.with_bf16 else 1))
 
 
+def test_an_arm_of_a_trunk_costs_its_own_tokens(table: Path) -> None:
+    frame = pl.read_parquet(table)
+    own = int(frame["tokens"].min()) // 2  # type: ignore[arg-type]
+    trunks = {"trunk_tokens": pl.col("tokens") - own, "trunk": pl.lit("weights")}
+    frame.with_columns(**trunks).write_parquet(table)
+    found = design_law([table], steps=3, flops_per_second=RATE, bootstraps=0)
+    for step in found.steps:
+        alone = 6 * step.params * own / RATE / 3600
+        assert step.hours == pytest.approx(alone * (2 if step.with_bf16 else 1))
+
+
 def test_a_rate_is_that_of_the_nearest_model() -> None:
     rates = {1_000: [10.0, 30.0, 20.0], 1_000_000: [1.0]}
     assert expected_rate(rates, 1_000) == 20.0
