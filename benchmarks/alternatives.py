@@ -115,7 +115,7 @@ def facts(settings: Settings, measured: pl.DataFrame, trained: pl.DataFrame) -> 
         },
         "trained": {
             "recipe": asdict(recipe),
-            "tokens": recipe.steps * recipe.batch_size * recipe.seq_len,
+            "tokens": recipe.tokens,
             "heldout_tokens": settings.eval_tokens,
             "seeds": trained["seed"].n_unique(),
             "choices": trained["choice"].n_unique(),

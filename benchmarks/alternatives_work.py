@@ -113,7 +113,7 @@ class Worker:
         """Return the loss of each held-out sequence after training; `raised` is None for bf16."""
         settings, recipe = self.settings, self.settings.recipe
         self.__dict__.pop("base", None)  # makes room
-        tokens = recipe.steps * recipe.batch_size * recipe.seq_len
+        tokens = recipe.tokens
         job = Job(
             arm=choice,
             seed=seed,

@@ -81,7 +81,7 @@ def scattered(values: Floats) -> tuple[float, float]:
 def measure(checkpoint: Checkpoint, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     rate = 1.5e-3 if options.from_scratch else 1e-4
     recipe = Recipe(steps=options.steps, batch_size=options.batch_size, seq_len=256, lr=rate)
-    corpus, tokens = load_text(), recipe.steps * recipe.batch_size * recipe.seq_len
+    corpus, tokens = load_text(), recipe.tokens
     draw = {"seq_len": recipe.seq_len}
     tokenizer = checkpoint.tokenizer
     heldout = tokenize(

@@ -50,6 +50,16 @@ class Recipe:
     records: int = 2
     """How often statistics are recorded: half way and at the end."""
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole training."""
+        return self.steps * self.step_tokens
+
 
 def share_of_peak(step: int, recipe: Recipe) -> float:
     """Return the share of the peak rate at step `step`, from 0.

@@ -123,13 +123,12 @@ class Cell:
     def trunk_tokens(self) -> int:
         """Tokens of the trunk, 0 from scratch."""
         steps = 0 if self.trunk is None else self.trunk.steps
-        return steps * self.recipe.batch_size * self.recipe.seq_len
+        return steps * self.recipe.step_tokens
 
     @property
     def tokens(self) -> int:
         """Training tokens, D: whole steps, those of the trunk among them."""
-        own = self.recipe.steps * self.recipe.batch_size * self.recipe.seq_len
-        return self.trunk_tokens + own
+        return self.trunk_tokens + self.recipe.tokens
 
     @property
     def arm(self) -> str:

@@ -107,12 +107,12 @@ class Point:
     @property
     def num_tokens(self) -> int:
         """Tokens to train on from the point before."""
-        return (self.steps - self.since) * self.recipe.batch_size * self.recipe.seq_len
+        return (self.steps - self.since) * self.recipe.step_tokens
 
     @property
     def trunk_tokens(self) -> int:
         """Tokens of the trunk from its beginning."""
-        return self.steps * self.recipe.batch_size * self.recipe.seq_len
+        return self.steps * self.recipe.step_tokens
 
     @property
     def key(self) -> str:

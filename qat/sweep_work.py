@@ -91,7 +91,7 @@ class Task:
     @property
     def num_tokens(self) -> int:
         """Tokens to train on, those of a trunk not among them."""
-        return self.recipe.steps * self.recipe.batch_size * self.recipe.seq_len
+        return self.recipe.tokens
 
     @property
     def trunk_tokens(self) -> int:

@@ -129,7 +129,7 @@ class Training:
         self.metrics.append(
             {
                 "step": self.step,
-                "tokens": self.step * recipe.batch_size * recipe.seq_len,
+                "tokens": self.step * recipe.step_tokens,
                 "loss": value,
                 "lr": recipe.lr * share,
                 "grad_norm": float(norm),
@@ -311,7 +311,7 @@ class Training:
             "config_hash": self.job.config_hash,
             "config": job.config,
             "steps": recipe.steps,
-            "tokens": recipe.steps * recipe.batch_size * recipe.seq_len,
+            "tokens": recipe.tokens,
             "num_quantized_sites": self.sites,
             "num_non_embedding_parameters": self.params,
             "loss": {

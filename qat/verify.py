@@ -195,7 +195,7 @@ def _jobs(
     device: str,
 ) -> dict[str, list[Job]]:
     """Return every arm's jobs, one per seed; seeds differ in their batches, arms do not."""
-    tokens = recipe.steps * recipe.batch_size * recipe.seq_len
+    tokens = recipe.tokens
 
     def ids(
         split: Split, count: int, seed: int, *, batch_size: int = 1, apart: bool = False

@@ -20,6 +20,8 @@ from bitplan.options import SweepOptions
 from bitplan.qat.sweep import run_sweep
 from bitplan.tables import SWEEP
 
+from .qat.test_sweep import GRID
+
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 PARAMS = (1e6, 3e6, 1e7)
 TOKENS = (2.5e6, 1e7, 4e7)
@@ -221,24 +223,7 @@ def test_kurtosis_is_condensed_and_kept(study: Any, tmp_path: Path) -> None:
         words = " ".join(f"word{(number * i) % 97}" for i in range(120))
         (text / f"{number}.txt").write_text(words)
     grid = tmp_path / "grid.toml"
-    grid.write_text(
-        f"""
-        tokens = [256]
-        group_sizes = [16]
-        precisions = ["bf16", "w4a4"]
-        eval_tokens = 256
-        data = ["{text}"]
-        [recipe]
-        batch_size = 2
-        seq_len = 32
-        lr = 2e-3
-        [[models]]
-        layers = 2
-        hidden = 16
-        ffn = 32
-        heads = 1
-        """
-    )
+    grid.write_text(GRID.format(text=text).replace("layers = 1", "layers = 2"))
     sweep = tmp_path / "sweep"
     run_sweep(grid, sweep, SweepOptions(device="cpu"))
     found = study.kurtosis.condense(sweep)

@@ -95,7 +95,7 @@ def _head(studies: Sequence[Study], command: str) -> Lines:
 
 def _run(studies: Sequence[Study], gpu_hours: float | None) -> Lines:
     rows = pl.concat([s.trainings for s in studies])
-    trunks = rows[TRUNK].fill_null(0) if TRUNK in rows.columns else 0
+    trunks = rows[TRUNK].fill_null(0)
     branched = any(s.branched for s in studies)
     yield "## What was run"
     yield ""

@@ -96,8 +96,7 @@ def read_studies(sweeps: Sequence[Path], *, bootstraps: int) -> list[Study]:
     trainings, _ = read_trainings(sweeps, force=True)
     ratios = _tables(sweeps, RATIOS.file, RATIOS.schema)
     kurtosis = _tables(sweeps, KURTOSIS, KURTOSIS_SCHEMA)
-    trunk = pl.col(TRUNK) if TRUNK in trainings.columns else pl.lit(None)
-    apart = trainings.with_columns(branched=trunk.is_not_null())
+    apart = trainings.with_columns(branched=pl.col(TRUNK).is_not_null())
     found = [
         _study(part.drop("branched"), branched, schedule, ratios, kurtosis, bootstraps)
         for (branched, schedule), part in apart.group_by("branched", "schedule")
@@ -159,9 +158,14 @@ def _noise(trainings: pl.DataFrame, seeds: pl.DataFrame) -> Noise:
     several = by_cell.filter(pl.col("freedom") > 0)
     freedom = int(several["freedom"].sum())
     if freedom:
-        return Noise(math.sqrt((several["variance"] * several["freedom"]).sum() / freedom), freedom)
+        return Noise(_pooled(several), freedom)
     text = trainings.filter(pl.col("precision") != BASELINE)["stderr"].drop_nulls()
     return Noise(math.sqrt((text**2).mean()) if len(text) else math.nan, 0)
+
+
+def _pooled(cells: pl.DataFrame) -> float:
+    """Return the standard deviation of one training, from several cells' variances."""
+    return math.sqrt((cells["variance"] * cells["freedom"]).sum() / cells["freedom"].sum())
 
 
 def spread(study: Study) -> Iterator[dict[str, object]]:
@@ -176,17 +180,17 @@ def spread(study: Study) -> Iterator[dict[str, object]]:
                 (pl.col("delta").max() - pl.col("delta").min()).alias("range"),
                 pl.col("delta").mean(),
                 pl.len().alias("seeds"),
+                (pl.len() - 1).alias("freedom"),
             )
-            .filter(pl.col("seeds") > 1)
+            .filter(pl.col("freedom") > 0)
         )
         if by_cell.height:
-            freedom = by_cell["seeds"] - 1
             yield {
                 "precision": precision,
                 "params": params,
                 "cells": by_cell.height,
                 "seeds": int(by_cell["seeds"].sum()),
-                "std": math.sqrt((by_cell["variance"] * freedom).sum() / freedom.sum()),
+                "std": _pooled(by_cell),
                 "widest": by_cell["range"].max(),
                 "delta": by_cell["delta"].mean(),
             }
