@@ -4,16 +4,31 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+COUNTS = ("tokens", "seeds", "batch_size", "seq_len", "eval_tokens", "gpus", "workers")
 
-def asked(description: str, result: Path) -> tuple[Path, Path, dict[str, Any]]:
-    """Parse the command line; return the run, the file to write and the options that were given."""
+
+def asked(
+    description: str, result: Path, **more: dict[str, Any]
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Parse the command line; return the run, the file to write and the options that were given.
+
+    more: further options of a benchmark's own, by name, as argparse takes them.
+    """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--to", type=Path, default=result)
-    for name in ("tokens", "seeds", "batch_size", "seq_len", "eval_tokens"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--device")
-    given = vars(parser.parse_args())
-    run, to = given.pop("run"), given.pop("to")
-    return run, to, {name: value for name, value in given.items() if value is not None}
+    options: dict[str, dict[str, Any]] = {
+        **{name: {"type": int} for name in COUNTS},
+        "lr": {"type": float},
+        "device": {},
+        "data": {"action": "append"},
+        "from_scratch": {},
+        "arms": {"type": lambda names: tuple(names.split(","))},
+        "attribute": {"action": "store_true", "default": None},
+        **more,
+    }
+    for name, settings in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
+    given |= {"data": tuple(given["data"])} if "data" in given else {}
+    return given.pop("run"), given.pop("to"), given
