@@ -65,12 +65,12 @@ class FittedLaw:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fits and comparisons as JSON values."""
+        """Return the fits and comparisons as JSON values; null where an interval has no bound."""
         fits = {
             name: {
                 "estimate": dict(fit.estimate),
-                "low": dict(fit.low),
-                "high": dict(fit.high),
+                "low": {c: _finite(value) for c, value in fit.low.items()},
+                "high": {c: _finite(value) for c, value in fit.high.items()},
                 "relative_error": fit.relative_error,
                 "cells": fit.cells,
             }
@@ -237,3 +237,7 @@ def _baseline(trainings: pl.DataFrame) -> Baseline | None:
         return law_fit.fit_baseline(*(np.asarray(n) for n in numbers))
     except FitError:
         return None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

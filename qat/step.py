@@ -16,7 +16,9 @@ loss and the gradient norm that they give as written.
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -28,6 +30,8 @@ WARMUP_STEPS = 3
 """Steps before the capture: libraries allocate what they need when they first run."""
 ROUNDING = 0.02
 """Relative: between a pass as written in bf16, and the same pass compiled."""
+CAUSE_FRAMES = 6
+"""Of the stack under what broke a capture, kept in the record."""
 COMPILED_CODES = 1024
 """Of a block's forward, at most: each set of formats and sizes is one. torch's limit is 8."""
 
@@ -108,7 +112,7 @@ class Step:
             except RuntimeError as error:
                 # A capture that failed leaves the generator waiting for its end.
                 random.graphsafe_set_state(before)
-                return self._refuse(_cause(error))
+                return self._refuse(cause(error))
         self._graph, self._gradients = graph, [p.grad for p in self._parameters]
         torch.cuda.manual_seed(seed)  # dropout as in the plain pass
         replayed = [float(value) for value in self._replay(batch)]
@@ -131,11 +135,17 @@ class Step:
         return self._loss, self._norm
 
 
-def _cause(error: BaseException) -> str:
-    """Return what broke a capture: ending it fails too, and that is the error that arrives."""
+def cause(error: BaseException) -> str:
+    """Return what broke a capture, and the innermost calls that it came from.
+
+    Ending a broken capture fails too, and that is the error that arrives.
+    """
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)[-CAUSE_FRAMES:]
+    calls = (f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    said, _, _ = str(error).partition("\n")  # further lines are CUDA's advice
+    return f"{type(error).__name__}: {said} ({' > '.join(calls)})"
 
 
 def alike(written: Sequence[float], replayed: Sequence[float]) -> bool:

@@ -5,6 +5,9 @@
 
 with the intervals and the words of verdict.py, from the held-out losses of the seeds that bf16 and
 both arms have in common; arms of a trunk, where they began from the same weights.
+
+Losses of single sequences are in the run directories alone. A row that was read elsewhere stays as
+it is, unless the trainings that are here have at least as many seeds.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ import polars as pl
 
 from bitplan.qat import verdict as arithmetic
 from bitplan.qat.law_runs import BASELINE, RUNS
-from bitplan.qat.record import heldout_losses
+from bitplan.qat.record import HELDOUT_FILE, arm_dir, heldout_losses
 from bitplan.rundir import RunDir
 from bitplan.tables import RATIOS
 
@@ -27,7 +30,7 @@ INPUTS = {False: "w16a4", True: "w16a4-fc2-8"}
 
 
 def read_ratios(sweep: Path, trainings: pl.DataFrame) -> pl.DataFrame:
-    """Return tables.RATIOS of the trainings, tables.SWEEP; where records are gone, as it was."""
+    """Return tables.RATIOS of the trainings, tables.SWEEP, and rows whose records are gone."""
     rows: list[dict[str, Any]] = []
     for (name,), of_run in trainings.group_by("run", maintain_order=True):
         place = sweep / RUNS / str(name)
@@ -37,7 +40,9 @@ def read_ratios(sweep: Path, trainings: pl.DataFrame) -> pl.DataFrame:
     if (sweep / RATIOS.file).is_file():
         before = pl.read_parquet(sweep / RATIOS.file)
         table = pl.concat([table, RATIOS.frame(before.iter_rows(named=True))])
-    return table.unique(["run", "group_size", "fc2_at_8"], keep="first", maintain_order=True)
+    key = ["run", "group_size", "fc2_at_8"]
+    best = table.sort("seeds", descending=True, maintain_order=True).unique(key, keep="first")
+    return best.sort(*SHARED[:3], "run", "fc2_at_8")
 
 
 def _of_run(run: RunDir, trainings: pl.DataFrame) -> Iterator[dict[str, Any]]:
@@ -50,7 +55,11 @@ def _of_run(run: RunDir, trainings: pl.DataFrame) -> Iterator[dict[str, Any]]:
         for fc2_at_8, inputs in INPUTS.items():
             arms = (BASELINE, arm, inputs + arm.removeprefix(WEIGHTS))
             paired_seeds = set.intersection(*(seeds.get(name, set()) for name in arms))
-            common = sorted(seed for seed, _ in paired_seeds)
+            common = sorted(
+                seed
+                for seed, _ in paired_seeds
+                if all((run.path / arm_dir(name, seed) / HELDOUT_FILE).is_file() for name in arms)
+            )
             if not common:
                 continue
             losses = {

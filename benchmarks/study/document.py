@@ -9,6 +9,7 @@ follows from the tables: which trainings there are (study.py), what they say of 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -509,7 +510,8 @@ def _shown(value: float, show: Callable[[float], str]) -> str:
 
 
 def _interval(estimate: float, low: float, high: float) -> str:
-    return f"{estimate:.4g} [{low:.4g}, {high:.4g}]"
+    # A bound of k can be more than a float64 holds.
+    return f"{estimate:.4g} [{low:.4g}, {'unbounded' if math.isinf(high) else f'{high:.4g}'}]"
 
 
 def _or_dash(value: float | None) -> str:

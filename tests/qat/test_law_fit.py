@@ -315,7 +315,10 @@ def test_draws_that_overflow_leave_bounds_and_a_law_that_can_be_written(tmp_path
     found = fit_trainings(trainings(noise=0.001), bootstraps=5)
     name, fitted = next(iter(found.fits.items()))
     wide = replace(fitted, high={**fitted.high, "k": float("inf")})
-    laws = replace(found, fits={**found.fits, name: wide}).laws("ours", {})
+    widened = replace(found, fits={**found.fits, name: wide})
+    written = json.loads(json.dumps(widened.as_json(), allow_nan=False))
+    assert written["fits"][name]["high"]["k"] is None
+    laws = widened.laws("ours", {})
     write_laws(tmp_path / "law.json", laws)
     assert set(read_laws(tmp_path / "law.json").intervals[name]) == {
         "gamma_n",

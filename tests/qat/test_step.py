@@ -1,6 +1,7 @@
 """The pass of a training step: gradients are this batch's alone, captured or not."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from bitplan.probe.checkpoint import load_checkpoint
 from bitplan.probe.modules import find_linears
 from bitplan.qat.convert import convert
 from bitplan.qat.recipe import sequence_losses
-from bitplan.qat.step import WARMUP_STEPS, Step, alike
+from bitplan.qat.step import WARMUP_STEPS, Step, alike, cause
 from bitplan.sites import OPERANDS, PLANNED_ROLES
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -45,6 +46,24 @@ def test_a_replay_that_lost_gradients_is_told_from_one_that_rounds() -> None:
     assert not alike([5.0, 1.70], [5.0, 1.07])
     assert not alike([5.0, 1.70], [6.0, 1.70])
     assert alike([math.nan, 1.0], [math.nan, 1.0])  # that training stops by itself
+
+
+def test_a_refusal_names_the_first_error_and_where_it_came_from() -> None:
+    def launch() -> None:
+        raise RuntimeError("not permitted\nFor debugging consider ...")
+
+    def capture() -> None:
+        try:
+            launch()
+        finally:
+            raise RuntimeError("failed due to a previous error")
+
+    with pytest.raises(RuntimeError, match="previous error") as caught:
+        capture()
+    assert re.fullmatch(
+        r"RuntimeError: not permitted \(test_step.py:\d+ capture > test_step.py:\d+ launch\)",
+        cause(caught.value),
+    )
 
 
 def trained(
