@@ -6,7 +6,8 @@ Instances are synthetic (lognormal sensitivities, the shapes of a 143-block Llam
 process on one core; `_s` is wall-clock time, `_cpu_s` the process's own. `average` limits input
 bits, weight bits and bytes, which add up over sites; `pairs` limits bit operations in place of
 bytes, which needs a variable per pair of formats; its frontier is not timed (50 times the solve,
-which HiGHS does alone).
+which HiGHS does alone). The rest is either with more to respect: budgets just above the cheapest
+plan, shares of roles, one format per role.
 Writes benchmarks/results/planner_speed.json.
 """
 
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,38 @@ SHAPES = {
 BLOCKS = 143
 POINTS = 50
 SEEDS = tuple(range(14))
-FRONTIERS = 4
-"""Seeds of the cases whose frontier is timed too."""
-LIMITS = {
-    "average": {"input_bits": 5.0, "weight_bits": 4.6, "bytes": 0.999},
-    "pairs": {"input_bits": 5.0, "weight_bits": 4.6, "bit_ops": 0.98},
+FEW = SEEDS[:4]
+AVERAGE = {"input_bits": 5.0, "weight_bits": 4.6, "bytes": 0.999}
+PAIRS = {"input_bits": 5.0, "weight_bits": 4.6, "bit_ops": 0.98}
+SHARES = {"shares": ("*down_proj:input=int8-g128>=0.5", "*:weight=int8-g128<=0.05")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of a problem, and of how many."""
+
+    limits: dict[str, float]
+    seeds: tuple[int, ...] = FEW
+    respects: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "average": Case(AVERAGE),
+    "pairs": Case(PAIRS, SEEDS),
+    "average, tight": Case({"input_bits": 4.14, "weight_bits": 4.14, "bytes": 0.9999}),
+    "pairs, tight": Case({"input_bits": 4.2, "weight_bits": 4.2, "bit_ops": 0.99}),
+    "average, shares": Case(AVERAGE, respects=SHARES),
+    "pairs, shares": Case(PAIRS, respects=SHARES),
+    "average, per role": Case(AVERAGE, respects={"per_role": True}),
 }
 RESULTS = Path(__file__).parent / "results" / "planner_speed.json"
 
 
-def make_problem(seed: int, *, fuse: bool) -> Problem:
-    """Return an instance of BLOCKS blocks; without fusion every linear decides alone."""
+def make_problem(seed: int, *, fuse: bool, **respects: Any) -> Problem:
+    """Return an instance of BLOCKS blocks; without fusion every linear decides alone.
+
+    respects: further arguments of read_problem.
+    """
     rng = np.random.default_rng(seed)
     names = [
         (f"model.layers.{b}.{name}", *shape)
@@ -95,6 +118,7 @@ def make_problem(seed: int, *, fuse: bool) -> Problem:
         ERRORS.frame(errors),
         SENSITIVITY.frame(sensitivity),
         formats=FORMATS,
+        **respects,
     )
 
 
@@ -117,8 +141,9 @@ def make_limits(problem: Problem, wanted: dict[str, float]) -> list[Limit]:
 
 def measure(seed: int, name: str, *, fuse: bool) -> dict[str, Any]:
     """Time one solve from the problem on, and a frontier of POINTS points over input bits."""
-    problem = make_problem(seed, fuse=fuse)
-    limits = make_limits(problem, LIMITS[name])
+    case = CASES[name]
+    problem = make_problem(seed, fuse=fuse, **case.respects)
+    limits = make_limits(problem, case.limits)
     start, cpu = time.perf_counter(), time.process_time()
     costs = [limit.cost(problem) for limit in limits]
     found = Search(problem, objective(problem), costs).solve([limit.value for limit in limits])
@@ -151,13 +176,13 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cases = []
-    for name in LIMITS:
+    for name, case in CASES.items():
         for fuse in (False, True):
-            for seed in SEEDS[: FRONTIERS if name == "average" else None]:
+            for seed in case.seeds:
                 cases.append(measure(seed, name, fuse=fuse))
                 print(cases[-1])
     summary: dict[str, float] = {}
-    for name in LIMITS:
+    for name in CASES:
         for fuse in (False, True):
             mine = [c for c in cases if (c["limits"], c["fused"]) == (name, fuse)]
             for key in ("solve_s", "solve_cpu_s", "frontier_s", "frontier_cpu_s"):
