@@ -31,8 +31,10 @@ ARMS = {
     "w4a4": "both at 4 bits",
     "w4a4-hadamard": "both at 4 bits, FC2 rotated (Hadamard)",
     "w4a4-fc2-input-8": "both, FC2's inputs at 8 (the paper's rule)",
-    "planned": "bitplan's plan at the same input bits",
 }
+PLANNED = {"short": "`plan --converge`, the second one"}
+"""What the plan is that was trained last, where it is not the default one."""
+AT_SAME_BITS = "bitplan's plan at the input bits of the paper's rule"
 ROLES = {"qkv": "QKV", "o": "O", "fc1": "FC1", "fc2": "FC2"}
 OTHERS = ("qkv", "o", "fc1")
 Value = dict[str, Any]
@@ -67,8 +69,9 @@ def head_of(first: str, sizes: dict[int, Value]) -> list[str]:
     return [first, *(f"G = {size}" for size in sizes)]
 
 
-def of_start(name: str, sizes: dict[int, Value]) -> Lines:
+def of_start(start: str, sizes: dict[int, Value]) -> Lines:
     """Say what was trained from one start, and what it cost."""
+    name, planned = STARTS[start], PLANNED.get(start, AT_SAME_BITS)
     some = next(iter(sizes.values()))
     recipe = some["recipe"]
     tokens = recipe["steps"] * recipe["batch_size"] * recipe["seq_len"]
@@ -82,9 +85,9 @@ def of_start(name: str, sizes: dict[int, Value]) -> Lines:
     yield ""
     rows = [
         [f"{words} (`{arm}`)", *(spelled(found["delta_nats"].get(arm)) for found in sizes.values())]
-        for arm, words in ARMS.items()
+        for arm, words in (*ARMS.items(), ("planned", planned))
     ]
-    for when, words in (("before", "R, all inputs at 4 bits"), ("after", "R, bitplan's plan")):
+    for when, words in (("before", "R, all inputs at 4 bits"), ("after", f"R, {planned}")):
         rows.append([words, *(spelled(found["R"].get(when), 2) for found in sizes.values())])
     yield from table(head_of("arm", sizes), rows)
     if not some["given_back_nats"]:
@@ -308,8 +311,8 @@ def page(arms: dict[str, Value], found: dict[int, Value]) -> Lines:
     )
     yield ""
     yield from findings(arms, found)
-    for start, words in STARTS.items():
-        yield from of_start(words, by_size(arms, start))
+    for start in STARTS:
+        yield from of_start(start, by_size(arms, start))
     yield from plans(found)
     yield from kurtosis(arms)
 

@@ -129,7 +129,7 @@ PROFILE = Table(
             "gate_up_correlation_max",
             pl.Float64,
             "",
-            "gate and up weights of a checkpoint: largest |cosine| of matching rows",
+            "gate and up weights: largest |cosine| of matching rows",
         ),
     ),
 )

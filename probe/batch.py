@@ -37,6 +37,7 @@ from bitplan.probe.tensor_stats import (
 )
 
 EXTRAS = ("drift", "gate_up_correlation")
+MAXIMA = ("gate_up_correlation_max",)
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Batch:
     histogram: [sites, bins], int32. absmax (float32), squares, counts: those of all channels of
     all sites in a row. nonfinite: NaN, infinities, [sites, 2]. errors: squared errors of all tokens
     and of first ones, [sites, 2, formats]. extras: numerator and denominator of each of EXTRAS,
-    [sites, extras, 2]. numbers: rows, sequences, and whether anything was seen, [sites, 3].
+    [sites, extras, 2]. maxima: of MAXIMA, float32, below 0 where there are none, [sites, maxima].
+    numbers: rows, sequences, and whether anything was seen, [sites, 3].
     """
 
     widths: list[int]
@@ -60,6 +62,7 @@ class Batch:
     nonfinite: Tensor
     errors: Tensor
     extras: Tensor
+    maxima: Tensor
     numbers: Tensor
 
     def vectors(self) -> Tensor:
@@ -98,6 +101,7 @@ class Batch:
             [
                 self.numbers,
                 self.extras[..., 0] / self.extras[..., 1],
+                self.maxima.double().where(self.maxima >= 0, torch.nan),
                 channels,
                 _more_rows(tokens, len(rows)),
                 torch.stack([scalars[name] for name in _SCALARS], dim=1),
@@ -164,9 +168,13 @@ def site_order(stats: TensorStats) -> tuple[str, int]:
 
 
 def stack(
-    stats: Sequence[TensorStats], seen: Sequence[bool], extras: Tensor, tokens: int | None = None
+    stats: Sequence[TensorStats],
+    seen: Sequence[bool],
+    extras: Tensor,
+    maxima: Tensor,
+    tokens: int | None = None,
 ) -> Batch:
-    """Stack states that are in the order of `site_order`; extras as in Batch.
+    """Stack states that are in the order of `site_order`; extras and maxima as in Batch.
 
     seen: which of them were given a tensor, if an empty one. tokens: how many an input keeps; by
     default as many as the most that one of them has.
@@ -193,6 +201,7 @@ def stack(
         nonfinite=torch.stack([s._totals.nonfinite for s in stats]),
         errors=torch.stack(errors).view(len(stats), 2, formats),
         extras=extras,
+        maxima=maxima,
         numbers=torch.tensor(numbers, dtype=torch.float64).to(stats[0].device, non_blocking=True),
     )
 
@@ -223,7 +232,7 @@ def read(
 
     formats: names of those that apply to the operand. Extras that were not computed are NaN.
     """
-    sizes = [3, len(EXTRAS), 3 * TOP, 3 * TOP]
+    sizes = [3, len(EXTRAS + MAXIMA), 3 * TOP, 3 * TOP]
     numbers, extras, channels, tokens, rest = torch.split(
         vector, [*sizes, len(vector) - sum(sizes)]
     )
@@ -245,7 +254,7 @@ def read(
         channels=top_channels,
         tokens=rows,
     )
-    return summary, dict(zip(EXTRAS, extras.tolist(), strict=True))
+    return summary, dict(zip(EXTRAS + MAXIMA, extras.tolist(), strict=True))
 
 
 def _more_rows(x: Tensor, rows: int) -> Tensor:

@@ -70,7 +70,9 @@ class Ranks:
         packed = torch.cat(sums)
         dist.all_reduce(packed)
         dist.all_reduce(batch.histogram)
-        dist.all_reduce(batch.absmax, op=dist.ReduceOp.MAX)
+        largest = torch.cat([batch.absmax, batch.maxima.flatten()])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        absmax, maxima = torch.split(largest, _sizes([batch.absmax, batch.maxima]))
         squares, counts, nonfinite, errors, extras = (
             part.view_as(like)
             for part, like in zip(torch.split(packed, _sizes(sums)), summed, strict=True)
@@ -90,11 +92,13 @@ class Ranks:
             batch,
             pooled=pool(torch.cat([pooled.movedim(0, 2), below[:, :, None]], dim=2)),
             top=top,
+            absmax=absmax,
             squares=squares,
             counts=counts,
             nonfinite=nonfinite,
             errors=errors,
             extras=extras,
+            maxima=maxima.view_as(batch.maxima),
             numbers=torch.cat([numbers.sum(0)[:, :2], numbers.amax(0)[:, 2:]], dim=1),
         )
 

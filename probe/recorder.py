@@ -28,7 +28,7 @@ every rank holds the same tables: enter the recorder and mark the steps on every
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from bitplan.errors import CheckpointError
 from bitplan.formats import Format, Operand, parse_format
-from bitplan.probe.batch import EXTRAS, read, reset, site_order, stack
+from bitplan.probe.batch import EXTRAS, MAXIMA, read, reset, site_order, stack
 from bitplan.probe.modules import LinearModule, find_linears
 from bitplan.probe.observe import Observation, observe
 from bitplan.probe.ranks import Ranks, whole_tensor
@@ -69,12 +69,13 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _Found:
-    """The statistics of a site since the step before, and what EXTRAS are the quotients of."""
+    """The statistics of a site since the step before, what EXTRAS are the quotients of, MAXIMA."""
 
     site: int
     stats: TensorStats
     is_seen: bool = True
     extras: Sequence["_Quotient"] = ()
+    maxima: Sequence[Tensor | None] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ class _Quotient:
 
     numerator: Tensor | None = None
     denominator: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Cosines:
+    """The |cosines| of matching rows of a gate and an up: their mean, and the largest."""
+
+    mean: _Quotient = field(default_factory=_Quotient)
+    largest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +275,7 @@ class Recorder:
                 [item.stats for item in here],
                 [item.is_seen for item in here],
                 _stacked([item.extras for item in here], device),
+                _largest([item.maxima for item in here], device),
                 tokens=TOP_TOKENS if self._ranks is not None else None,
             )
             if self._ranks is not None:
@@ -292,7 +302,7 @@ class Recorder:
         found: dict[_Weight, TensorStats] = {}
         drifts: dict[_Weight, _Quotient] = {}
         pairs: dict[_Weight, tuple[Tensor, Tensor]] = {}
-        cosines: dict[_Weight, _Quotient] = {}
+        cosines: dict[_Weight, _Cosines] = {}
         waiting: dict[_Weight, tuple[Tensor, bool]] = {}
         unread: list[tuple[TensorStats, Tensor]] = []
         if self._ranks is not None and self._plain is not None:
@@ -322,18 +332,13 @@ class Recorder:
                 pairs.clear()
         _read(unread)
         cosines |= zip(pairs, _cosines(list(pairs.values())), strict=True)
-        nothing = _Quotient()
-        return [
-            _Found(
-                site,
-                found[weight] if weight in found else self._empty(site),
-                extras=(
-                    drifts.get(weight, nothing),
-                    cosines.get(weight) or cosines.get(weight.partner or weight, nothing),
-                ),
-            )
-            for site, weight in enumerate(self._weights)
-        ]
+        weights = []
+        for site, weight in enumerate(self._weights):
+            stats = found[weight] if weight in found else self._empty(site)
+            aligned = cosines.get(weight) or cosines.get(weight.partner or weight, _Cosines())
+            extras = drifts.get(weight, _Quotient()), aligned.mean
+            weights.append(_Found(site, stats, extras=extras, maxima=(aligned.largest,)))
+        return weights
 
     def _find_weights(self, linears: Sequence[LinearModule]) -> list[_Weight]:
         """Return the weight of each linear; those that are tied have the same."""
@@ -427,9 +432,9 @@ def _drift(weight: _Weight, rows: Tensor) -> _Quotient:
     return _Quotient(moved, weight.initial_square)
 
 
-def _cosines(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Quotient]:
-    """Return the mean |cosine| of matching rows of gates and ups, each as a quotient."""
-    found: dict[int, _Quotient] = {}
+def _cosines(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Cosines]:
+    """Return what the |cosines| of matching rows of gates and ups come to, of each pair."""
+    found: dict[int, _Cosines] = {}
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (gate, _) in enumerate(pairs):
         if len(gate):
@@ -439,11 +444,12 @@ def _cosines(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Quotient]:
         for start in range(0, len(group), size):
             some = group[start : start + size]
             gates, ups = (torch.stack([pairs[i][side] for i in some]) for side in (0, 1))
-            sums = row_cosines(gates, ups).sum(-1)
+            cosines = row_cosines(gates, ups)
+            sums, largest = cosines.sum(-1), cosines.amax(-1)
             rows = torch.full_like(sums, gates.shape[1])
-            quotients = map(_Quotient, sums.unbind(), rows.unbind())
-            found |= dict(zip(some, quotients, strict=True))
-    return [found.get(i, _Quotient()) for i in range(len(pairs))]
+            means = map(_Quotient, sums.unbind(), rows.unbind())
+            found |= dict(zip(some, map(_Cosines, means, largest.unbind()), strict=True))
+    return [found.get(i, _Cosines()) for i in range(len(pairs))]
 
 
 def _stacked(extras: Sequence[Sequence[_Quotient]], device: torch.device) -> Tensor:
@@ -457,3 +463,11 @@ def _stacked(extras: Sequence[Sequence[_Quotient]], device: torch.device) -> Ten
         for part in (quotient.numerator, quotient.denominator)
     ]
     return torch.stack(parts).double().view(len(extras), len(EXTRAS), 2)
+
+
+def _largest(maxima: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+    """Return the maxima of sites as batch.Batch has them, -1 where there are none."""
+    none = torch.full((), -1.0, device=device)
+    nothing = (None,) * len(MAXIMA)
+    parts = [none if part is None else part for site in maxima for part in site or nothing]
+    return torch.stack(parts).view(len(maxima), len(MAXIMA))

@@ -29,6 +29,7 @@ STATISTICS = (
     "inf_count",
     "drift",
     "gate_up_correlation",
+    "gate_up_correlation_max",
 )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitplan.formats import Operand, parse_formats
-from bitplan.probe.batch import EXTRAS, read, reset, site_order, stack
+from bitplan.probe.batch import EXTRAS, MAXIMA, read, reset, site_order, stack
 from bitplan.probe.tensor_stats import Summary, TensorStats
 
 FORMATS = parse_formats(["int4-g4", "int8-token", "int8-channel"])
@@ -40,9 +40,13 @@ def stats_of(operand: Operand, chunks: list[Tensor]) -> TensorStats:
     return found
 
 
+def nothing(sites: int) -> tuple[Tensor, Tensor]:
+    """Return extras and maxima of sites that have none."""
+    return torch.zeros(sites, len(EXTRAS), 2), torch.full((sites, len(MAXIMA)), -1.0)
+
+
 def together(stats: list[TensorStats]) -> list[tuple[Summary, dict[str, float]] | None]:
-    extras = torch.zeros(len(stats), len(EXTRAS), 2, dtype=torch.float64)
-    vectors = stack(stats, [True] * len(stats), extras).vectors()
+    vectors = stack(stats, [True] * len(stats), *nothing(len(stats))).vectors()
     return [
         read(vector, s.operand, s.in_features, [fmt.name for fmt in s.formats])
         for vector, s in zip(vectors, stats, strict=True)
@@ -104,14 +108,14 @@ def test_statistics_start_over_in_their_memory() -> None:
 
 def test_what_was_not_seen_is_none() -> None:
     stats = [TensorStats(4, operand="input")]
-    vectors = stack(stats, [False], torch.zeros(1, len(EXTRAS), 2)).vectors()
+    vectors = stack(stats, [False], *nothing(1)).vectors()
     assert read(vectors[0], "input", 4, []) is None
 
 
 @pytest.mark.parametrize("kept", [None, 1024])
 def test_how_many_tokens_are_stacked_changes_nothing(kept: int | None) -> None:
     stats = stats_of("input", tensors("input", [8], 40, 1, seed=4)[0])
-    batch = stack([stats], [True], torch.zeros(1, len(EXTRAS), 2), tokens=kept)
+    batch = stack([stats], [True], *nothing(1), tokens=kept)
     found = read(batch.vectors()[0], "input", 8, [fmt.name for fmt in stats.formats])
     assert found is not None
     assert_same(found[0], stats.summary())

@@ -451,7 +451,9 @@ def test_drift_and_gate_up_correlation(model: LlamaForCausalLM) -> None:
     for leaf in ("gate", "up"):
         row = rows[f"model.layers.0.mlp.{leaf}_proj"]
         assert row["gate_up_correlation"] == pytest.approx(cosines.mean(), rel=1e-3)
+        assert row["gate_up_correlation_max"] == pytest.approx(cosines.max(), rel=1e-3)
     assert rows[DOWN]["gate_up_correlation"] is None
+    assert rows[DOWN]["gate_up_correlation_max"] is None
 
 
 def test_without_drift_no_copy_is_kept(model: LlamaForCausalLM) -> None:
