@@ -9,6 +9,7 @@ A causal architecture is loaded with its head, so that it has a loss; an encoder
 Experts that transformers keeps as one 3-D parameter come out as one linear each (experts.py).
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from bitplan.probe.blocks import PartedModel
 from bitplan.probe.experts import unfuse_experts
 from bitplan.probe.loading import (
     gguf_note,
+    gguf_read_once,
     is_causal,
     quiet,
     read_config,
@@ -124,8 +126,9 @@ def load_checkpoint(
     directory, gguf, files = _find(source, trust_remote_code)
     where = {"gguf_file": gguf} if gguf else {}
     options = {**where, "trust_remote_code": trust_remote_code}
-    weights_note = gguf_note(directory / gguf) if gguf else None
-    with quiet(), torch.random.fork_rng(devices=[]):
+    once = gguf_read_once() if gguf else contextlib.nullcontext()
+    with once, quiet(), torch.random.fork_rng(devices=[]):
+        weights_note = gguf_note(directory / gguf) if gguf else None
         config = read_config(directory, source, options)
         tokenizer = read_tokenizer(directory, source, options)
         model = read_model(directory, source, config, options)

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -167,12 +168,29 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF file's header and look up the names of its tensors once within the block.
+
+    transformers does so for config, tokenizer and weights each, and for every tensor: half of the
+    time that a small model takes.
+    """
+    _require_gguf()
+    import gguf
+
+    reader, names = lru_cache(1)(gguf.GGUFReader), lru_cache(1)(gguf.get_tensor_name_map)
+    with (
+        mock.patch.object(gguf, "GGUFReader", lambda path: reader(str(path))),
+        mock.patch.object(gguf, "get_tensor_name_map", names),
+    ):
+        yield
+
+
 def gguf_note(path: Path) -> str | None:
     """Say to how many bits a GGUF file rounded most of its matrix elements, or None.
 
-    Raises CheckpointError where the file is truncated or no GGUF.
+    Raises CheckpointError where the file is truncated or no GGUF. The package gguf has to be there.
     """
-    _require_gguf()
     from gguf import GGUFReader
 
     elements: Counter[str] = Counter()

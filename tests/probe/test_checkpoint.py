@@ -287,6 +287,22 @@ def test_gguf_loads_from_the_file_and_from_its_directory(gguf_file, build, capfd
     assert capfd.readouterr().out == ""
 
 
+def test_a_gguf_header_is_parsed_once(gguf_file, monkeypatch):
+    import gguf
+
+    class Counted(gguf.GGUFReader):
+        parsed = 0
+
+        def __init__(self, *arguments):
+            Counted.parsed += 1
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    load_checkpoint(str(gguf_file), device="cpu")
+    assert Counted.parsed == 1
+    assert gguf.GGUFReader is Counted  # as it was before
+
+
 def test_gguf_without_the_package_says_what_to_install(gguf_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install 'bitplan\[gguf\]'"):
