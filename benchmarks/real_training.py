@@ -113,8 +113,8 @@ def kurtosis(arms: dict[str, Value]) -> Lines:
     yield "## Kurtosis of inputs by role"
     yield ""
     yield (
-        "The median over sites and seeds at the first and the last record of a training; 3 is a "
-        "normal distribution. The first record of 4 bits is of the model as it was quantized."
+        "The median over sites and seeds, after half of a training's steps and at its end; 3 is a "
+        "normal distribution."
     )
     yield ""
     rows = []
