@@ -5,20 +5,28 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from bitplan.rundir import RunDir
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WEIGHT, INPUT = "layers.0.mlp.down_proj:weight", "layers.0.mlp.down_proj:input"
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    path = ROOT / "benchmarks" / "real_training.py"
-    spec = importlib.util.spec_from_file_location("real_training", path)
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    return load("real_training")
 
 
 def test_the_page_is_that_of_the_results(script: Any) -> None:
@@ -58,3 +66,50 @@ def test_answers_that_differ_are_all_told(script: Any) -> None:
     assert script.within(value(1.2, 1.4)) is None
     assert script.within(value(1.3, 1.4)) is False
     assert script.above({"estimate": -1.9, "low": None, "high": None}, 1) is None
+
+
+def trained(run: RunDir, arm: str, seed: int, formats: dict[str, str], losses: list[float]) -> None:
+    """Write what a finished training leaves."""
+    place = f"arms/{arm}/seed-{seed}"
+    (run.path / place).mkdir(parents=True)
+    recipe = {"steps": 2, "batch_size": 1, "seq_len": 4, "lr": 1e-4}
+    record = {"arm": arm, "seed": seed, "hardware": "1 x CPU", "seconds": 1.0}
+    run.write_json(
+        f"{place}/record.json", {**record, "config": {"recipe": recipe, "formats": formats}}
+    )
+    sequences = {"sequence": range(len(losses)), "loss": losses}
+    pl.DataFrame(sequences).write_parquet(run.path / place / "heldout.parquet")
+    stats = {"operand": "input", "role": "fc2", "step": [1, 2], "kurtosis": [3.0, 5.0 + seed]}
+    pl.DataFrame(stats).write_parquet(run.path / place / "stats.parquet")
+
+
+def test_arms_of_a_cut_off_comparison_are_compared_by_the_seeds_they_share(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    bf16 = [list(2 + rng.random(8)) for _ in range(3)]
+    for seed in range(3):
+        trained(run, "bf16", seed, {}, bf16[seed])
+    weights, inputs = {WEIGHT: "int4-g8"}, {INPUT: "int4-g8"}
+    for seed in range(2):
+        worse = [loss + 0.1 + 0.02 * seed for loss in bf16[seed]]
+        trained(run, "w4a16", seed, weights, worse)
+        trained(run, "w4a4", seed, weights | inputs, [loss + 0.3 for loss in worse])
+    spared = weights | {INPUT: "int8-g8"}
+    trained(run, "w4a4-fc2-input-8", 1, spared, [loss + 0.15 for loss in bf16[1]])
+    # Of one plan, whose weights are those of w4a16; of two plans.
+    for seed in range(2):
+        trained(run, "planned", seed, spared, [loss + 0.2 for loss in bf16[seed]])
+        other = inputs if seed else {INPUT: "int8-g8"}
+        trained(run, "planned-inputs", seed, other, [loss + 0.05 for loss in bf16[seed]])
+    found = load("arms_compared").compare(run)
+    delta = found["delta_nats"]
+    assert delta["w4a16"]["estimate"] == pytest.approx(0.11)
+    assert delta["w4a16"]["seeds"] == 2
+    assert delta["planned-weights"] == delta["w4a16"]
+    assert "planned-inputs" not in delta
+    back = found["given_back_nats"]["w4a4-fc2-input-8"]
+    assert back["estimate"] == pytest.approx(0.12 + 0.3 - 0.15)
+    assert back["seeds"] == 1
+    assert back["low"] <= back["estimate"] <= back["high"]
+    assert found["R"] == {}
+    assert found["input_kurtosis"]["bf16"] == {"first": {"fc2": 3.0}, "last": {"fc2": 6.0}}
