@@ -27,6 +27,8 @@ from bitplan.planner.problem import ABSENT, UNFIXED, Ints, Problem
 from bitplan.planner.shares import Share
 
 BITS_PER_BYTE = 8
+_ROUNDING = 1e-6
+"""Of a count of sites: 0.1 of ten sites is one of them, whatever the product comes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,16 @@ def share_cost(problem: Problem, share: Share) -> Cost:
     table = np.zeros_like(problem.bits)
     table[sites] = against / len(sites)
     return Cost(site=held(problem, table))
+
+
+def share_limit(problem: Problem, share: Share) -> float:
+    """Return how much that cost may be: Share.limit, in whole sites.
+
+    The same choices keep to it, and the relaxation is the closer: what it could gain by a part of
+    a site took the solver most of its time.
+    """
+    count = len(problem.shares[share])
+    return math.floor(share.limit * count + _ROUNDING) / count
 
 
 def _average_bits(operand: Operand) -> Callable[[Problem, Device | None], Cost]:

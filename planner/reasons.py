@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost
+from bitplan.planner.budgets import Cost, Limit, held, objective, share_cost, share_limit
 from bitplan.planner.plan import NextBest, SiteChoice
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
@@ -105,7 +105,7 @@ def decisions(problem: Problem, limits: Sequence[Limit] = ()) -> Decisions:
         bits=add_up(problem.weight_in_average[:, None] * problem.bits),
         allowed=allowed,
         possible=leave([(limit.cost(problem), limit.value) for limit in limits]),
-        shared=leave([(share_cost(problem, s), s.limit) for s in problem.shares]),
+        shared=leave([(share_cost(problem, s), share_limit(problem, s)) for s in problem.shares]),
         members=members,
     )
 

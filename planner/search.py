@@ -20,6 +20,7 @@ from bitplan.planner.budgets import (
     held_columns,
     objective,
     share_cost,
+    share_limit,
 )
 from bitplan.planner.predict import Floats
 from bitplan.planner.problem import UNFIXED, Bools, Ints, Problem
@@ -72,7 +73,7 @@ class Search:
 
     def solve(self, limits: Sequence[float]) -> Found | None:
         """Return the best choice within the limits of the costs, or None where there is none."""
-        limits = [*limits, *(share.limit for share in self._problem.shares)]
+        limits = [*limits, *(share_limit(self._problem, share) for share in self._problem.shares)]
         if any(cost > limits[b] + SLACK * abs(cost) for b, cost in self._unchanged.items()):
             return None
         solutions = [self._part(k, [limits[b] for b in self._parts[k][1]]) for k in self._order]

@@ -1,6 +1,8 @@
 """Shares: how many sites of a role take a format, against brute force, and how they are refused."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from bitplan.errors import BudgetError, PlanError
 from bitplan.options import PlanOptions
-from bitplan.planner.budgets import BUDGETS, Limit
+from bitplan.planner.budgets import BUDGETS, Limit, share_limit
 from bitplan.planner.plan import Plan
 from bitplan.planner.problem import Problem, read_problem
 from bitplan.planner.search import best
@@ -75,6 +77,16 @@ def test_equals_brute_force(
             best(made_problem, limits)
     else:
         assert best(made_problem, limits).value == pytest.approx(min(values), rel=1e-9)
+
+
+@pytest.mark.parametrize("sign", ["<=", ">="])
+def test_a_share_is_of_whole_sites(tables: Callable[..., Any], sign: str) -> None:
+    for hundredths in range(101):
+        made = problem(tables, f"fc2:input=int8-g128{sign}{hundredths / 100}", blocks=7)
+        ((share, sites),) = made.shares.items()
+        against = Fraction(hundredths, 100) if sign == "<=" else 1 - Fraction(hundredths, 100)
+        whole = math.floor(against * len(sites))
+        assert share_limit(made, share) == pytest.approx(whole / len(sites), abs=1e-12)
 
 
 def test_a_plan_keeps_to_its_shares(tables: Callable[..., Any], tmp_path: Path) -> None:
