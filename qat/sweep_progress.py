@@ -1,4 +1,8 @@
-"""How far a sweep is, and how long the rest takes, from the tokens per second of what is done."""
+"""How far a sweep is, and how long the rest takes, from the tokens per second of what is done.
+
+Drawing weights, compiling and reading text take time as well: how much, the seconds of all workers
+until now tell against those that training took, where what is under way counts as half done.
+"""
 
 import time
 from collections import defaultdict
@@ -18,7 +22,7 @@ class Progress:
     def __init__(self, tasks: Sequence[Task | Point], at_once: int, measured: pl.DataFrame) -> None:
         """Begin with the rates of earlier trainings, tables.SWEEP."""
         self.left = {task.key: task for task in tasks}
-        self.total = len(tasks)
+        self.total = self._counts()
         self.at_once = at_once
         self.failed = 0
         self.start = time.monotonic()
@@ -37,11 +41,12 @@ class Progress:
         ]
         longest = max(seconds, default=0.0)
         whole = max(sum(seconds) / self.at_once, longest)
-        if not self.trained_s:
+        total = sum(self.total)
+        if (done := total - len(self.left)) == 0 or not self.trained_s:
             return whole
-        # Drawing weights and reading text take time too, as does a process that begins.
-        spent = (time.monotonic() - self.start) * min(self.at_once, self.total)
-        return whole * max(1.0, spent / self.trained_s)
+        spent = (time.monotonic() - self.start) * min(self.at_once, total)
+        under_way = min(self.at_once, len(self.left))
+        return whole * max(1.0, spent / (self.trained_s * (1 + under_way / 2 / done)))
 
     def done(self, task: Task | Point) -> None:
         """Take a training off, and say on stderr how far along the sweep is."""
@@ -57,6 +62,15 @@ class Progress:
         rest = self.seconds_left
         left = "" if rest is None or not self.left else f", about {duration(rest)} left"
         progress.say(
-            f"{self.total - len(self.left)} of {self.total} trainings, "
-            f"{duration(time.monotonic() - self.start)}{left}; {text}"
+            f"{self._share_done()}, {duration(time.monotonic() - self.start)}{left}; {text}"
         )
+
+    def _counts(self) -> tuple[int, int]:
+        """Return how many trainings of cells, and of trunks up to a point, are left."""
+        points = sum(isinstance(task, Point) for task in self.left.values())
+        return len(self.left) - points, points
+
+    def _share_done(self) -> str:
+        (cells, points), left = self.total, self._counts()
+        of_trunks = f", {points - left[1]} of {points} points of trunks" if points else ""
+        return f"{cells - left[0]} of {cells} trainings{of_trunks}"
