@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from training import MEASURED, kurtosis_by_role
 
 from bitplan.qat.arms import BASELINE, RATIOS, UNIFORM
 from bitplan.qat.record import RECORD_FILE, STATS_FILE, arm_dir, heldout_losses
@@ -26,8 +27,6 @@ from bitplan.qat.verdict import Floats, delta, ratio
 from bitplan.rundir import RunDir, write_json
 
 RESULT = Path(__file__).parent / "results" / "arms_compared.json"
-MEASURED = (BASELINE, UNIFORM, "planned")
-"""Arms whose inputs are told of."""
 Records = dict[str, dict[int, dict[str, Any]]]
 
 
@@ -100,17 +99,9 @@ def compare(run: RunDir) -> dict[str, Any]:
 def kurtosis(run: RunDir, arm: str, seeds: dict[int, Any]) -> dict[str, dict[str, float]]:
     """Return the median over sites and seeds by role, at the first and the last record."""
     frames = [run.read_table(f"{arm_dir(arm, seed)}/{STATS_FILE}") for seed in seeds]
-    inputs = pl.concat(frames).filter(pl.col("operand") == "input")
-    return {
-        at: dict(
-            inputs.filter(pl.col("step") == step)
-            .group_by("role")
-            .agg(pl.col("kurtosis").median())
-            .sort("role")
-            .iter_rows()
-        )
-        for at, step in (("first", inputs["step"].min()), ("last", inputs["step"].max()))
-    }
+    stats = pl.concat(frames)
+    steps = {"first": stats["step"].min(), "last": stats["step"].max()}
+    return {at: kurtosis_by_role(stats, step) for at, step in steps.items()}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from training import asked
+from training import MEASURED, asked, kurtosis_by_role
 
 from bitplan.options import PlanOptions, VerifyOptions
 from bitplan.planner.stage import make_plan
@@ -34,8 +34,6 @@ from bitplan.qat.verify import verify_plan
 from bitplan.rundir import RunDir, versions, write_json
 from bitplan.tables import PROFILE
 
-MEASURED = ("bf16", "w4a4", "planned")
-"""Arms whose inputs are told of."""
 TOLD = ({*ARMS} | {*EXTRA_ARMS}) - {BASELINE}
 MODEL_FACTS = ("content_hash", "num_non_embedding_parameters", "weights_note")
 RESULT = Path(__file__).parent / "results" / "plans_compared.json"
@@ -68,7 +66,7 @@ def row(
     return measured, verdict["attribution"]
 
 
-def kurtosis_by_role(run: RunDir, seeds: range) -> dict[str, dict[str, float]]:
+def kurtosis_of_arms(run: RunDir, seeds: range) -> dict[str, dict[str, float]]:
     """Return the median kurtosis of inputs: of the checkpoint, and of arms after their last step.
 
     The arm `planned` is that of the last plan.
@@ -77,12 +75,8 @@ def kurtosis_by_role(run: RunDir, seeds: range) -> dict[str, dict[str, float]]:
     tables |= {
         arm: [run.read_table(f"{arm_dir(arm, k)}/{STATS_FILE}") for k in seeds] for arm in MEASURED
     }
-    return {name: dict(_by_role(pl.concat(frames)).iter_rows()) for name, frames in tables.items()}
-
-
-def _by_role(stats: pl.DataFrame) -> pl.DataFrame:
-    rows = stats.filter(pl.col("operand") == "input", pl.col("step") == pl.col("step").max())
-    return rows.group_by("role").agg(pl.col("kurtosis").median()).sort("role")
+    stats = {name: pl.concat(frames) for name, frames in tables.items()}
+    return {name: kurtosis_by_role(found, found["step"].max()) for name, found in stats.items()}
 
 
 def copied(source: Path, work: Path) -> Path:
@@ -107,7 +101,7 @@ def compare(run: Path, plan: PlanOptions, training: VerifyOptions) -> Iterator[d
             "formats": list(plan.formats),
             "plans": found,
             "attribution": attribution,
-            "input_kurtosis": kurtosis_by_role(directory, seeds),
+            "input_kurtosis": kurtosis_of_arms(directory, seeds),
             "training": asdict(training),
             "hardware": record["hardware"],
             "date": time.strftime("%Y-%m-%d"),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitplan.qat.verdict import TOLERANCE
+from bitplan.qat.verdict import TOLERANCE, Interval, decide
 from bitplan.rundir import write_atomic
 
 HERE = Path(__file__).parent
@@ -241,10 +241,10 @@ def findings(arms: dict[str, Value], found: dict[int, Value]) -> Lines:
 
 def answer(each: Sequence[bool | None]) -> str:
     """Return yes or no where all agree, and what there is where they do not."""
-    if len({*each}) == 1:
-        return {True: "**yes**", False: "**no**", None: "undetermined"}[each[0]]
     words = {True: "yes", False: "no", None: "undetermined"}
-    return ", ".join(words[one] for one in each)
+    if len({*each}) > 1:
+        return ", ".join(words[one] for one in each)
+    return words[None] if each[0] is None else f"**{words[each[0]]}**"
 
 
 def above(value: Value, bound: float) -> bool | None:
@@ -254,12 +254,8 @@ def above(value: Value, bound: float) -> bool | None:
 
 
 def within(value: Value) -> bool | None:
-    low, high = value["low"], value["high"]
-    if low is None:
-        return None
-    if low >= TOLERANCE[0] and high <= TOLERANCE[1]:
-        return True
-    return False if low > TOLERANCE[1] or high < TOLERANCE[0] else None
+    word = decide(Interval(value["estimate"], value["low"], value["high"]))
+    return None if word == "undetermined" else word == "converged"
 
 
 def apart(big: Value, small: Value) -> bool | None:

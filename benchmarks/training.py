@@ -1,9 +1,13 @@
-"""The command line of benchmarks that train arms: a run, and verify's options."""
+"""What benchmarks that train arms share: a command line, a run and verify's options; kurtosis."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+MEASURED = ("bf16", "w4a4", "planned")
+"""Arms whose inputs are told of."""
 COUNTS = ("tokens", "seeds", "batch_size", "seq_len", "eval_tokens", "gpus", "workers")
 
 
@@ -32,3 +36,9 @@ def asked(
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     given |= {"data": tuple(given["data"])} if "data" in given else {}
     return given.pop("run"), given.pop("to"), given
+
+
+def kurtosis_by_role(stats: pl.DataFrame, step: Any) -> dict[str, float]:
+    """Return the median kurtosis of the inputs of tables.PROFILE at a step, by role."""
+    rows = stats.filter(pl.col("operand") == "input", pl.col("step") == step)
+    return dict(rows.group_by("role").agg(pl.col("kurtosis").median()).sort("role").iter_rows())

@@ -1,7 +1,8 @@
 """The page of real training is that of the committed results, and its answers follow from them."""
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ WEIGHT, INPUT = "layers.0.mlp.down_proj:weight", "layers.0.mlp.down_proj:input"
 
 
 def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Return a script of benchmarks, which may import another one by name."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(BENCHMARKS)
+        module = importlib.import_module(name)
+        for one in (name, "training"):
+            sys.modules.pop(one, None)
     return module
 
 
