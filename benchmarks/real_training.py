@@ -25,6 +25,21 @@ STARTS = {
     "short": "the embedded checkpoint, 20,480 tokens",
     "scratch": "the embedded checkpoint's architecture from scratch",
 }
+TEXTS = {
+    "smollm2": "the standard library of Python 3.12.3",
+    "checkpoint": "the standard library of Python 3.12.3",
+    "short": "the standard library of Python 3.11.7",
+    "scratch": "40 MB of the embedded checkpoint's corpus (benchmarks/study/text.py --mb 40)",
+}
+TRAININGS = {
+    "smollm2": "RUN --tokens 524288 --seeds 3 --batch-size 16 --seq-len 512 --eval-tokens 131072",
+    "checkpoint": "RUN --tokens 2097152 --seeds 5 --batch-size 16 --eval-tokens 262144",
+    "short": "RUN --seeds 3",
+    "scratch": "RUN --tokens 8388608 --seeds 5 --batch-size 32 --eval-tokens 262144 "
+    "--from-scratch core/embedded --data TEXT",
+}
+COMMIT = "1570f36"
+"""Of the trainings; those of the date that the results tell."""
 ARMS = {
     "w4a16": "weights at 4 bits",
     "w16a4": "inputs at 4 bits",
@@ -311,6 +326,30 @@ def page(arms: dict[str, Value], found: dict[int, Value]) -> Lines:
         yield from of_start(start, by_size(arms, start))
     yield from plans(found)
     yield from kurtosis(arms)
+    yield from repeat()
+
+
+def repeat() -> Lines:
+    """Say how each start was trained."""
+    yield "## To repeat it"
+    yield ""
+    yield (
+        f"2026-11-25, commit {COMMIT}. RUN is what `bitplan profile MODEL -o RUN --formats "
+        "int4-g32,int8-g32,int4-g128,int8-g128,int4-g256,int8-g256` makes. For each G: "
+        "`python benchmarks/plans_compared.py ... --group-size G --work DIR --attribute --arms "
+        "bf16,w4a16,w16a4,w4a4,planned,planned-weights,planned-inputs,w4a4-hadamard` with"
+    )
+    yield ""
+    yield from table(
+        ["start", "...", "text"],
+        [[words, f"`{TRAININGS[start]}`", TEXTS[start]] for start, words in STARTS.items()],
+    )
+    yield (
+        "then `python benchmarks/arms_compared.py NAME-gG=DIR ...` over all of them, and `python "
+        "benchmarks/real_training.py`. On GPUs `--gpus 2 --workers 1` (SmolLM2) or 2. What was "
+        "trained on GPUs ran out of time, seed by seed: so seeds, and rows, are missing."
+    )
+    yield ""
 
 
 def read(results: Path) -> tuple[dict[str, Value], dict[int, Value]]:
