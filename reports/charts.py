@@ -44,8 +44,8 @@ def sized(chart: Any, height: int) -> Chart:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round values for a logarithmic axis: 3, 10, 30, 100 or, on a short one, more."""
-    steps = (1, 3) if high > 50 * low else (1, 2, 3, 5, 7)
+    """Return round values for a logarithmic axis: 3, 10, 30, 100, fewer on a long one, or more."""
+    steps = (1,) if high > 2000 * low else (1, 3) if high > 50 * low else (1, 2, 3, 5, 7)
     ticks = [m * 10.0**p for p in range(-6, 9) for m in steps]
     return [tick for tick in ticks if low <= tick <= high]
 
